@@ -1,0 +1,458 @@
+"""Pair every image of a folder with its caption and write FOLDER/metadata.jsonl for training.
+
+Reads   FOLDER and its sub-folders, as img2dataset's `files` output: 00000/000000001.jpg (or .png, .webp, ...)
+        beside 00000/000000001.txt, which holds the caption.
+Writes  FOLDER/metadata.jsonl, one {"file_name": "00000/000000001.jpg", "text": "caption"} a line, sorted by
+        file_name, and FOLDER/.create_metadata.sha256, by which a later run knows its own file from yours.
+
+Every image is decoded once, and what cannot be used is left out, counted and named by its reason.
+
+    python create_metadata.py --image_path FOLDER
+
+Next: train_text_to_image_qat.py --train_data_dir FOLDER
+"""
+
+import argparse
+import codecs
+import functools
+import hashlib
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import threading
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+logger = logging.getLogger("create_metadata")
+
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the names that `datasets` looks for
+STAMP_NAME = ".create_metadata.sha256"  # "<sha256>  metadata.jsonl": `sha256sum -c` can read it
+# Of two images of one stem, the extension that comes first here is taken.
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+# Only these decoders are tried: Pillow would hand a file that starts with "%!PS" to Ghostscript, whatever its name.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+KINDS = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {".txt": "txt", ".json": "json", ".tar": "tar"}
+MAX_CAPTION_BYTES = 1 << 20  # a .txt that is larger is no caption
+PAIRS_PER_TASK = 16
+
+# Why something is left out.
+NO_CAPTION = "image without a caption file"
+NO_IMAGE = "caption file without an image"
+SECOND_IMAGE = "second image of one stem"
+SECOND_CAPTION = "second caption file of one stem"
+EMPTY_CAPTION = "empty caption (--keep_empty keeps it)"
+NOT_TEXT = "caption that is not text (NUL bytes, or over 1 MiB)"
+BAD_JSON = ".json without a caption"
+UNREADABLE = "file or folder that cannot be read (permission, disk error)"
+ZERO_BYTES = "image of zero bytes"
+NOT_AN_IMAGE = "not an image, whatever its extension says"
+DAMAGED = "truncated or damaged image"
+TOO_LARGE = "image above Pillow's limit of 89 megapixels (decompression bomb)"
+LINK_OUT = "symlink leading out of the folder (`datasets` refuses it: copy the file)"
+LINK_BROKEN = "symlink leading nowhere or to itself"
+LINK_FOLDER = "symlink to a folder inside this one (not followed: it would count twice or loop)"
+BAD_NAME = "name with a backslash or with bytes that are not UTF-8 (rename it)"
+HIDDEN = "hidden image or folder (its name starts with a dot)"
+# What is said about something that is not left out.
+LATIN1 = "caption was not UTF-8 and has been read as Latin-1"
+NESTED = "metadata file in a sub-folder: `datasets` would add its rows to these, move it away"
+
+
+class Pair(NamedTuple):
+    image: str  # both relative to the folder, with forward slashes
+    caption: str  # .txt or .json
+
+
+class Verdict(NamedTuple):
+    text: str | None  # None: the pair is left out, and `remark` is the reason
+    remark: str | None
+
+
+class Tally:
+    """Counts by reason, with the first few names of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.names: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, reason: str, name: str) -> None:
+        self.counts[reason] += 1
+        names = self.names[reason]
+        if len(names) < 3 or name < names[-1]:
+            self.names[reason] = sorted([*names, name])[:3]
+
+    def lines(self) -> list[str]:
+        return [
+            f"{count:>9,}  {reason}: {', '.join(map(repr, self.names[reason]))}{', ...' if count > 3 else ''}"
+            for reason, count in self.counts.most_common()
+        ]
+
+
+# ----------------------------------------------------------------------------------------------- arguments
+
+
+def fail(message: str) -> NoReturn:
+    """End the run with one line that names the file or flag and the remedy."""
+    sys.stderr.write(f"create_metadata.py: error: {message}\n")
+    raise SystemExit(2)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail  # one line, without argparse's usage text before it
+    add = parser.add_argument_group("what is read").add_argument
+    add("-p", "--image_path", type=os.path.expanduser, required=True, metavar="FOLDER", help="images and captions")
+    add("--caption_from_json", action="store_true", help='where .txt is missing, use "caption" of the .json')
+    add("--keep_empty", action="store_true", help='keep pairs with an empty caption, as "text": ""')
+    add("--max_samples", type=int, metavar="N", help="stop after N pairs (in the order of the file names)")
+    add = parser.add_argument_group("verification").add_argument
+    add("--no_verify", action="store_true", help="do not decode the images: faster, but training meets the bad ones")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--num_workers", type=int, default=cores, metavar="N", help="processes that decode (default: every core)")
+    add = parser.add_argument_group("what is written").add_argument
+    add("--format", choices=("jsonl", "csv"), default="jsonl", help='a csv cannot keep captions like "NA" as text')
+    add("--overwrite", action="store_true", help="replace metadata that this script did not write, or that was edited")
+    args = parser.parse_args(argv)
+
+    folder = args.image_path
+    if not os.path.isdir(folder):
+        parser.error(f"--image_path {folder!r} is not a folder: pass the one that holds the images and captions")
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        parser.error(f"--image_path {folder!r} is not readable and writable: metadata goes there, change its rights")
+    if args.max_samples is not None and args.max_samples < 1:
+        parser.error(f"--max_samples {args.max_samples} must be at least 1: leave it away for all pairs")
+    if args.num_workers < 1:
+        parser.error(f"--num_workers {args.num_workers} must be at least 1: leave it away for every core")
+    foreign = [name for name in METADATA_NAMES if os.path.lexists(f"{folder}/{name}") and not ours(Path(folder, name))]
+    if foreign and not args.overwrite:
+        parser.error(
+            f"{os.path.join(folder, foreign[0])!r} was not written by this script, or was edited since: "
+            "move it away, or pass --overwrite to replace it"
+        )
+    return args
+
+
+def stamp_line(metadata: Path) -> str:
+    with open(metadata, "rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {metadata.name}\n"
+
+
+def ours(metadata: Path) -> bool:
+    """True if the file still is, byte for byte, what this script wrote: captions edited by hand are not lost."""
+    stamp = metadata.with_name(STAMP_NAME)
+    try:
+        return metadata.is_file() and stamp.is_file() and stamp.read_bytes() == stamp_line(metadata).encode()
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------ walk and pair
+
+
+def find_pairs(args: argparse.Namespace, left_out: Tally, remarks: Tally) -> list[Pair]:
+    """Every image with its caption file, sorted by file name; nothing is opened yet."""
+    files, spoilt = find_files(args, left_out, remarks)
+    images, txts, jsons = files["image"], files["txt"], files["json"]
+    extensions = list(KINDS)
+
+    def choose(names: list[str], reason: str) -> str:
+        if len(names) > 1:  # of several, the same one whatever order the disk lists them in
+            names.sort(key=lambda name: (name in spoilt, extensions.index(os.path.splitext(name)[1].lower()), name))
+        for name in names[1:]:
+            left_out.add(reason, name)
+        return names[0]
+
+    pairs: list[Pair] = []
+    for stem, names in images.items():
+        image = choose(names, SECOND_IMAGE)
+        captions = txts.pop(stem, None) or jsons.get(stem)
+        caption = choose(captions, SECOND_CAPTION) if captions else ""
+        reason = spoilt.get(image) or name_problem(image) or (spoilt.get(caption) if caption else NO_CAPTION)
+        if reason:
+            left_out.add(reason, image)
+        else:
+            pairs.append(Pair(image, caption))
+    for names in txts.values():
+        for name in names:
+            left_out.add(NO_IMAGE, name)
+    if not pairs:
+        refuse_nothing(args.image_path, left_out, len(files["tar"]))
+    return sorted(pairs)
+
+
+def find_files(
+    args: argparse.Namespace, left_out: Tally, remarks: Tally
+) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
+    """{kind: {stem: names}} and {name: what is wrong with that symlink}; stems and names are relative."""
+    from tqdm import tqdm
+
+    real_root = os.path.join(os.path.realpath(args.image_path), "")
+    kinds = KINDS if args.caption_from_json else {**KINDS, ".json": None}
+    files: dict[str, dict[str, list[str]]] = {kind: {} for kind in KINDS.values()}
+    spoilt: dict[str, str] = {}
+    folders = [""]  # grows while it is read: "", "00000/", "00000/deeper/"
+    entries = scan(args.image_path, folders, left_out)
+    for prefix, entry in tqdm(entries, desc="finding", unit=" files", leave=False, disable=None):
+        name = prefix + entry.name
+        stem, dot, extension = name.rpartition(".")
+        kind = kinds.get(dot + extension.lower())
+        problem = link_problem(entry.path, real_root) if entry.is_symlink() else None
+        is_folder = not problem and entry.is_dir()  # scandir knows: no stat
+        if entry.name.startswith("."):
+            if is_folder or kind == "image":
+                left_out.add(HIDDEN, name)
+        elif is_folder:
+            folders.append(name + "/")
+        elif kind and (problem or entry.is_file()):
+            files[kind].setdefault(stem, []).append(name)
+            if problem:
+                spoilt[name] = problem
+        elif problem and not os.path.isfile(entry.path):
+            left_out.add(problem, name)
+        elif prefix and entry.name in METADATA_NAMES:
+            remarks.add(NESTED, name)
+    return files, spoilt
+
+
+def scan(root: str, folders: list[str], left_out: Tally) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Every entry of `folders`, to which the caller adds the sub-folders that it wants to see."""
+    for prefix in folders:
+        try:
+            with os.scandir(os.path.join(root, prefix)) as entries:
+                for entry in entries:
+                    yield prefix, entry
+        except OSError:
+            left_out.add(UNREADABLE, prefix or root)
+
+
+def link_problem(path: str, real_root: str) -> str | None:
+    target = os.path.realpath(path)
+    if not os.path.exists(target):
+        return LINK_BROKEN
+    if not os.path.join(target, "").startswith(real_root):
+        return LINK_OUT
+    return LINK_FOLDER if os.path.isdir(target) else None
+
+
+def name_problem(name: str) -> str | None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes that are not UTF-8 arrive from scandir as lone surrogates
+        return BAD_NAME
+    return BAD_NAME if "\\" in name else None  # `datasets` takes it for a slash
+
+
+def refuse_nothing(folder: str, left_out: Tally, num_tars: int = 0) -> NoReturn:
+    remedy = "NAME.jpg needs its caption in NAME.txt beside it (or in NAME.json, with --caption_from_json)"
+    if num_tars:
+        remedy = f"it holds {num_tars:,} .tar files: unpack them, or run img2dataset with --output_format files"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.counts.most_common())
+    fail(f"no usable pair in --image_path {folder!r}{f' (left out: {reasons})' if reasons else ''}: {remedy}")
+
+
+# ----------------------------------------------------------------------------------- captions and decoding
+
+
+def check_pairs(pairs: list[Pair], args: argparse.Namespace, left_out: Tally, remarks: Tally) -> list[tuple[str, str]]:
+    """(file_name, text) of every pair that can be used, in the order of `pairs`."""
+    from tqdm import tqdm
+
+    rows: list[tuple[str, str]] = []
+    check = functools.partial(check_pair, args.image_path, not args.no_verify, args.keep_empty)
+    verdicts = in_order(check, pairs, 1 if args.no_verify else args.num_workers)
+    with closing(verdicts), tqdm(desc="checking", total=len(pairs), unit=" pairs", leave=False, disable=None) as bar:
+        for pair, (text, remark) in zip(pairs, verdicts):
+            if remark:
+                (left_out if text is None else remarks).add(remark, pair.image)
+            if text is not None:
+                rows.append((pair.image, text))
+                if len(rows) == args.max_samples:
+                    break
+            bar.update()
+    if not rows:
+        refuse_nothing(args.image_path, left_out)
+    return rows
+
+
+def in_order(check: Callable[[Pair], Verdict], pairs: list[Pair], num_workers: int) -> Iterator[Verdict]:
+    """check(pair) for every pair, by `num_workers` processes; a few pairs are not worth starting one."""
+    num_workers = min(num_workers, -(-len(pairs) // PAIRS_PER_TASK))
+    if num_workers < 2:
+        yield from map(check, pairs)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    # Not multiprocessing.Pool: that one waits for ever for a worker that was killed for want of memory.
+    executor = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=start_worker)
+    try:
+        yield from executor.map(check, pairs, chunksize=PAIRS_PER_TASK)
+    except BrokenProcessPool:
+        fail("a decoding process died, probably for want of memory: use a smaller --num_workers, or --no_verify")
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def start_worker() -> None:
+    """Leave Ctrl-C to the main process, and end with it, however it ends."""
+    from multiprocessing import parent_process
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def check_pair(folder: str, verify: bool, keep_empty: bool, pair: Pair) -> Verdict:
+    try:
+        with open(f"{folder}/{pair.caption}", "rb", buffering=0) as file:
+            data = file.read(MAX_CAPTION_BYTES + 1)
+    except OSError:
+        return Verdict(None, UNREADABLE)
+    text, remark = decode(data)
+    if len(data) > MAX_CAPTION_BYTES or "\0" in text:
+        return Verdict(None, NOT_TEXT)
+    if pair.caption[-5:].lower() == ".json":
+        text = caption_of_json(text)
+        if text is None:
+            return Verdict(None, BAD_JSON)
+    text = " ".join(filter(None, map(str.strip, text.splitlines())))  # also splits at U+2028 and U+0085
+    if not text and not keep_empty:
+        return Verdict(None, EMPTY_CAPTION)
+    problem = image_problem(f"{folder}/{pair.image}") if verify else None
+    return Verdict(None, problem) if problem else Verdict(text, remark)
+
+
+def decode(data: bytes) -> tuple[str, str | None]:
+    """The text, and a remark if it had to be guessed: UTF-8, UTF-16 if it starts with that mark, else Latin-1."""
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if utf16 else "utf-8").removeprefix("\ufeff"), None
+    except UnicodeDecodeError:
+        return data.decode("latin-1"), LATIN1
+
+
+def caption_of_json(text: str) -> str | None:
+    try:
+        caption = json.loads(text, parse_int=str, parse_float=str)["caption"]  # 1984 stays the text "1984"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    # JSON can spell half a surrogate pair, which no UTF-8 file can hold
+    return caption.encode("utf-8", "replace").decode() if isinstance(caption, str) else None
+
+
+def image_problem(path: str) -> str | None:
+    """Why Pillow cannot make an RGB picture of the file, None if it can."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        file = open(path, "rb")
+    except OSError:
+        return UNREADABLE
+    with file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on odd metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
+                image.draft(None, (1, 1))  # JPEG: decodes every byte, but computes an eighth of the rows and columns
+                ImageOps.exif_transpose(image, in_place=True)  # loads; damaged EXIF data is met here, not in training
+                if image.mode != "RGB":
+                    image.convert("RGB")
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            return TOO_LARGE
+        except UnidentifiedImageError:
+            return NOT_AN_IMAGE if os.fstat(file.fileno()).st_size else ZERO_BYTES
+        except Exception:  # Pillow's decoders raise about ten kinds
+            return DAMAGED
+    return None
+
+
+# -------------------------------------------------------------------------------------- writing and report
+
+
+def write_metadata(rows: list[tuple[str, str]], args: argparse.Namespace) -> Path:
+    """Replace the metadata file in one step, then remove those of other formats: `datasets` refuses two."""
+    path = Path(args.image_path, f"metadata.{args.format}")
+    write_atomically(path, map(jsonl_line, rows) if args.format == "jsonl" else csv_lines(rows))
+    for name in METADATA_NAMES:
+        if name != path.name:
+            path.with_name(name).unlink(missing_ok=True)
+    write_atomically(path.with_name(STAMP_NAME), [stamp_line(path)])
+    return path
+
+
+def jsonl_line(row: tuple[str, str]) -> str:
+    fields = {"file_name": row[0], "text": row[1]}
+    line = json.dumps(fields, ensure_ascii=False)
+    if len(line.splitlines()) > 1:  # a name with U+2028: readers that use splitlines() would cut the row in two
+        line = json.dumps(fields)
+    return line + "\n"
+
+
+def csv_lines(rows: list[tuple[str, str]]) -> Iterator[str]:
+    yield "file_name,text\n"
+    for row in rows:
+        yield ",".join('"' + field.replace('"', '""') + '"' for field in row) + "\n"
+
+
+def write_atomically(path: Path, lines: Iterable[str]) -> None:
+    """Write beside `path` and rename: at every moment there is the old file or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.unlink(missing_ok=True)
+        with open(partial, "x", encoding="utf-8", newline="") as file:  # "x" does not write through a symlink
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:  # Ctrl-C too
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def report(path: Path, num_rows: int, args: argparse.Namespace, left_out: Tally, remarks: Tally) -> None:
+    if left_out.counts:
+        logger.info("left out:\n%s", "\n".join(left_out.lines()))
+    if remarks.counts:
+        logger.warning("please note:\n%s", "\n".join(remarks.lines()))
+    if args.format == "csv":
+        logger.warning(
+            'please note: `datasets` does not read "null", "NA" or "1984" of a csv as text; jsonl keeps them'
+        )
+    if num_rows == args.max_samples:
+        logger.info("stopped at --max_samples %d: later pairs have not been looked at", num_rows)
+    verified = "images not decoded (--no_verify)" if args.no_verify else "every image decoded"
+    logger.info("%s pairs written to %s, %s", f"{num_rows:,}", path, verified)
+    logger.info(
+        "next: accelerate launch train_text_to_image_qat.py --pretrained_model_name_or_path MODEL --train_data_dir %s",
+        shlex.quote(args.image_path),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse_args(argv)
+    left_out, remarks = Tally(), Tally()
+    try:
+        pairs = find_pairs(args, left_out, remarks)  # image and caption files, by stem
+        rows = check_pairs(pairs, args, left_out, remarks)  # captions read, images decoded
+        path = write_metadata(rows, args)  # metadata.jsonl
+    except KeyboardInterrupt:
+        logger.error("interrupted: nothing written")
+        raise SystemExit(130) from None
+    except OSError as error:
+        fail(f"{error}: check the free space and the rights of --image_path {args.image_path!r}")
+    report(path, len(rows), args, left_out, remarks)
+
+
+if __name__ == "__main__":
+    main()

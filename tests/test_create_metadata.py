@@ -1,0 +1,658 @@
+"""create_metadata.py: what it writes, what it leaves out and why, and that it never harms a file."""
+
+import errno
+import io
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import create_metadata as cm
+
+SCRIPT = Path(cm.__file__)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Image.Image:
+    image = Image.radial_gradient("L").resize(size)
+    return image.convert(mode) if mode != "I;16" else image.convert("I").point(lambda v: v * 200).convert("I;16")
+
+
+JPEG = encoded(picture())
+
+
+def put(folder: Path, name: str, content: bytes | str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def put_pair(folder: Path, name: str, caption: bytes | str = "a caption", image: bytes = JPEG) -> None:
+    put(folder, name, image)
+    put(folder, os.path.splitext(name)[0] + ".txt", caption)
+
+
+def collect(folder: Path, *flags: str) -> tuple[list[tuple[str, str]], dict[str, int], dict[str, int]]:
+    """The rows that would be written, the counts of what is left out, and the counts of what is remarked on."""
+    args = cm.parse_args(["-p", str(folder), *flags])
+    left_out, remarks = cm.Tally(), cm.Tally()
+    rows = cm.check_pairs(cm.find_pairs(args, left_out, remarks), args, left_out, remarks)
+    return rows, dict(left_out.counts), dict(remarks.counts)
+
+
+def written(folder: Path, name: str = "metadata.jsonl") -> list[tuple[str, str]]:
+    rows = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+    assert all(list(row) == ["file_name", "text"] for row in rows)
+    return [(row["file_name"], row["text"]) for row in rows]
+
+
+def error_line(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    """Run main, which must end with exit code 2 and exactly one line."""
+    with pytest.raises(SystemExit) as end:
+        cm.main(list(argv))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert out == "" and err.count("\n") == 1 and err.startswith("create_metadata.py: error: "), err
+    return err
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ---------------------------------------------------------------------------------------- names and captions
+
+NASTY_NAMES = [
+    "00000/000000001.jpg",
+    "00001/000010000.PNG",
+    'a "quoted" one.jpg',
+    "brackets[1](2){3}.webp",
+    "dots.in.the.name.v1.0.jpeg",
+    "it's.JPG",
+    "line\nbreak.jpg",
+    "separator\u2028inside.jpg",
+    "sub folder.v2/[deep]/x.jpg",
+    "картина 猫 é.jpg",
+    "🐈.jpg",
+]
+
+
+def test_every_name_gets_its_row(tmp_path):
+    for name in NASTY_NAMES:
+        put_pair(tmp_path, name, f"this is {name!r}", encoded(picture(), "PNG"))
+    cm.main(["--image_path", str(tmp_path)])
+    assert written(tmp_path) == [(name, f"this is {name!r}") for name in sorted(NASTY_NAMES)]
+
+
+def test_the_bytes_of_a_row(tmp_path):
+    put_pair(tmp_path, "b/é.jpg", 'a "cat" 猫')
+    put_pair(tmp_path, "a.jpg", "1984")
+    cm.main(["-p", str(tmp_path)])
+    expected = '{"file_name": "a.jpg", "text": "1984"}\n{"file_name": "b/é.jpg", "text": "a \\"cat\\" 猫"}\n'
+    assert (tmp_path / "metadata.jsonl").read_bytes() == expected.encode()
+
+
+def test_datasets_reads_every_row(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "images"
+    for name in NASTY_NAMES:
+        put_pair(folder, name, "null", encoded(picture(size=(8, 8)), "PNG"))
+    cm.main(["-p", str(folder)])
+    files = {"train": [str(folder / "metadata.jsonl"), *(str(folder / name) for name in NASTY_NAMES[:2])]}
+    rows = datasets.load_dataset("imagefolder", data_files=files, cache_dir=str(tmp_path / "cache"), split="train")
+    assert rows[:]["text"] == ["null"] * len(NASTY_NAMES)
+    assert [image.size for image in rows[:]["image"]] == [(8, 8)] * len(NASTY_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("plain", "plain"),
+        ("  trimmed \t\n", "trimmed"),
+        ("one\r\ntwo\n\n  three", "one two three"),
+        ("U+2028\u2028and U+0085\u0085end", "U+2028 and U+0085 end"),
+        ("inner  spaces stay", "inner  spaces stay"),
+        ("null", "null"),
+        ("NA", "NA"),
+        ("1984", "1984"),
+        ("x" * 5000, "x" * 5000),
+        (b"\xef\xbb\xbfBOM \xc3\xa9", "BOM é"),
+        ("utf-16 猫".encode("utf-16"), "utf-16 猫"),
+        (b"\xfe\xff" + "big endian 猫".encode("utf-16-be"), "big endian 猫"),
+    ],
+)
+def test_caption(tmp_path, data, text):
+    put_pair(tmp_path, "a.jpg", data)
+    assert collect(tmp_path) == ([("a.jpg", text)], {}, {})
+
+
+def test_latin1_caption_is_written_and_counted(tmp_path):
+    put_pair(tmp_path, "a.jpg", "café à Zürich".encode("latin-1"))
+    assert collect(tmp_path) == ([("a.jpg", "café à Zürich")], {}, {cm.LATIN1: 1})
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", cm.EMPTY_CAPTION),
+        (b" \r\n\t", cm.EMPTY_CAPTION),
+        (b"\xef\xbb\xbf", cm.EMPTY_CAPTION),
+        (b"a\0b", cm.NOT_TEXT),
+        ("UTF-16 without its mark".encode("utf-16-le"), cm.NOT_TEXT),
+        (JPEG, cm.NOT_TEXT),
+        (b"x" * (cm.MAX_CAPTION_BYTES + 1), cm.NOT_TEXT),
+    ],
+)
+def test_unusable_caption(tmp_path, data, reason):
+    put_pair(tmp_path, "good.jpg")
+    put_pair(tmp_path, "a.jpg", data)
+    assert collect(tmp_path) == ([("good.jpg", "a caption")], {reason: 1}, {})
+
+
+def test_keep_empty(tmp_path):
+    put_pair(tmp_path, "a.jpg", " \n")
+    put(tmp_path, "b.jpg", JPEG)
+    assert collect(tmp_path, "--keep_empty") == ([("a.jpg", "")], {cm.NO_CAPTION: 1}, {})
+
+
+def test_caption_from_json(tmp_path):
+    captions = {
+        "a": '{"caption": "from json", "width": 1}',
+        "b": '{"caption": 1984}',
+        "c": '{"caption": "half a pair \\ud83d"}',
+        "null": '{"caption": null}',
+        "none": "{}",
+        "list": "[1]",
+        "cut": '{"caption": "x',
+        "deep": "[" * 100_000,
+    }
+    for stem, data in captions.items():
+        put(tmp_path, f"{stem}.jpg", JPEG)
+        put(tmp_path, f"{stem}.json", data)
+    put_pair(tmp_path, "txt first.jpg", "from txt")
+    put(tmp_path, "txt first.json", '{"caption": "from json"}')
+    rows, left_out, _ = collect(tmp_path, "--caption_from_json")
+    assert rows == [
+        ("a.jpg", "from json"),
+        ("b.jpg", "1984"),
+        ("c.jpg", "half a pair ?"),
+        ("txt first.jpg", "from txt"),
+    ]
+    assert left_out == {cm.BAD_JSON: 5}
+    assert collect(tmp_path) == ([("txt first.jpg", "from txt")], {cm.NO_CAPTION: 8}, {})
+
+
+# ---------------------------------------------------------------------------------------------- the pictures
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "YCbCr"])
+def test_good_jpeg(tmp_path, mode):
+    put(tmp_path, "a.jpg", encoded(picture(mode), progressive=True))
+    assert cm.image_problem(str(tmp_path / "a.jpg")) is None
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_good_png(tmp_path, mode):
+    put(tmp_path, "a.png", encoded(picture(mode), "PNG"))
+    assert cm.image_problem(str(tmp_path / "a.png")) is None
+
+
+def test_other_good_pictures(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = [picture("P"), Image.new("P", (24, 16))]
+    good = {
+        "rotated.jpg": encoded(picture(), exif=exif),
+        "animated.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "animated too.webp": encoded(picture(), "WEBP", save_all=True, append_images=[picture()]),
+        "tiny.png": encoded(picture(size=(1, 1)), "PNG"),
+        "long.jpg": encoded(picture(size=(12000, 40))),
+        "a.bmp": encoded(picture(), "BMP"),
+        "b.tiff": encoded(picture(), "TIFF"),
+        "really a png.jpg": encoded(picture(), "PNG"),
+        "two frames.jpg": encoded(picture(), "MPO", save_all=True, append_images=[picture()]),
+    }
+    for name, data in good.items():
+        put_pair(tmp_path, name, image=data)
+    assert collect(tmp_path) == ([(name, "a caption") for name in sorted(good)], {}, {})
+
+
+def huge_png(side: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", cm.ZERO_BYTES),
+        (b"this is a text, not a picture\n" * 30, cm.NOT_AN_IMAGE),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", cm.NOT_AN_IMAGE),
+        (JPEG[: len(JPEG) // 2], cm.DAMAGED),
+        (JPEG[:-2], cm.DAMAGED),
+        (encoded(picture(), "PNG")[:60], cm.DAMAGED),
+        (encoded(picture(), "WEBP")[:-20], cm.DAMAGED),
+        (huge_png(9_600), cm.TOO_LARGE),  # 92 megapixels, of which Pillow itself only warns
+        (huge_png(60_000), cm.TOO_LARGE),
+    ],
+)
+def test_image_problem(tmp_path, data, reason):
+    assert cm.image_problem(str(put(tmp_path, "a.jpg", data))) == reason
+
+
+def test_a_jpeg_cut_anywhere_is_found(tmp_path):
+    """Decoding an eighth of the picture finds exactly what decoding all of it would."""
+    data = encoded(Image.effect_noise((200, 120), 60).convert("RGB"), quality=90)
+    for length in [*random.Random(0).sample(range(len(data)), 60), len(data) - 3, len(data) - 1, len(data)]:
+        path = put(tmp_path, "a.jpg", data[:length])
+        try:
+            with Image.open(path) as image:
+                image.load()
+            decodes = True
+        except OSError:
+            decodes = False
+        assert (cm.image_problem(str(path)) is None) == decodes, length
+
+
+def test_files_that_may_not_be_read(tmp_path, monkeypatch):
+    for stem in ("good", "secret picture", "secret caption"):
+        put_pair(tmp_path, f"{stem}.jpg")
+    put_pair(tmp_path, "closed/a.jpg")
+    real_open, real_scandir = open, os.scandir
+
+    def guarded_open(path, *args, **kwargs):
+        if str(path).endswith(("secret picture.jpg", "secret caption.txt")):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real_open(path, *args, **kwargs)
+
+    def guarded_scandir(path):
+        if "closed" in path:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real_scandir(path)
+
+    monkeypatch.setattr(cm, "open", guarded_open, raising=False)
+    monkeypatch.setattr(os, "scandir", guarded_scandir)
+    assert collect(tmp_path) == ([("good.jpg", "a caption")], {cm.UNREADABLE: 3}, {})
+
+
+# --------------------------------------------------------------------------------------- folders and pairing
+
+
+def test_img2dataset_layout_with_holes(tmp_path):
+    for shard in ("00000", "00001"):
+        for key in range(3):
+            put_pair(tmp_path, f"{shard}/{shard}{key:04d}.jpg", f"caption {shard} {key}")
+            put(tmp_path, f"{shard}/{shard}{key:04d}.json", '{"caption": "other"}')
+        put(tmp_path, f"{shard}.parquet", b"PAR1")
+        put(tmp_path, f"{shard}_stats.json", "{}")
+    (tmp_path / "00000/000000001.txt").unlink()
+    (tmp_path / "00001/000010002.jpg").unlink()
+    rows, left_out, remarks = collect(tmp_path)
+    assert [name for name, _ in rows] == [
+        "00000/000000000.jpg",
+        "00000/000000002.jpg",
+        "00001/000010000.jpg",
+        "00001/000010001.jpg",
+    ]
+    assert rows[3][1] == "caption 00001 1"
+    assert (left_out, remarks) == ({cm.NO_CAPTION: 1, cm.NO_IMAGE: 1}, {})
+
+
+def test_stems_do_not_pair_across_folders_or_letter_case(tmp_path):
+    put_pair(tmp_path, "good.jpg")
+    put(tmp_path, "a/x.jpg", JPEG)
+    put(tmp_path, "b/x.txt", "not for a/x.jpg")
+    put(tmp_path, "txt", "has no extension")
+    put(tmp_path, "jpg", JPEG)
+    (tmp_path / "folder.jpg").mkdir()
+    assert collect(tmp_path) == ([("good.jpg", "a caption")], {cm.NO_CAPTION: 1, cm.NO_IMAGE: 1}, {})
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_two_files_of_one_stem(tmp_path, monkeypatch, backwards):
+    """The same one is taken whatever order the disk lists them in."""
+    for name in ("a.png", "a.JPG", "a.webp"):
+        put(tmp_path, name, JPEG)
+    put(tmp_path, "a.TXT", "upper")
+    put(tmp_path, "a.txt", "lower")
+    real_scandir = os.scandir
+
+    class Scandir(list):
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *_: None  # noqa: E731
+
+    def in_order(path):
+        return Scandir(sorted(real_scandir(path), key=lambda entry: entry.name, reverse=backwards))
+
+    monkeypatch.setattr(os, "scandir", in_order)
+    args = cm.parse_args(["-p", str(tmp_path)])
+    left_out = cm.Tally()
+    assert cm.find_pairs(args, left_out, cm.Tally()) == [("a.JPG", "a.TXT")]
+    assert left_out.counts == {cm.SECOND_IMAGE: 2, cm.SECOND_CAPTION: 1}
+    assert left_out.names == {cm.SECOND_IMAGE: ["a.png", "a.webp"], cm.SECOND_CAPTION: ["a.txt"]}
+
+
+def test_symlinks(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    put_pair(outside, "x.jpg")
+    put_pair(folder, "good.jpg")
+    put_pair(folder, "shard/inner.jpg")
+    (folder / "linked.jpg").symlink_to("shard/inner.jpg")  # inside: as good as any file
+    put(folder, "linked.txt", "another caption")
+    (folder / "leads out.jpg").symlink_to(outside / "x.jpg")
+    put(folder, "leads out.txt", "c")
+    put(folder, "caption out.jpg", JPEG)
+    (folder / "caption out.txt").symlink_to(outside / "x.txt")
+    (folder / "folder out").symlink_to(outside)
+    (folder / "self.jpg").symlink_to("self.jpg")
+    put(folder, "self.txt", "c")
+    (folder / "gone").symlink_to("nowhere")
+    (folder / "shard/loop").symlink_to("..")
+    (folder / "second way in").symlink_to("shard")
+    (folder / "second name.parquet").symlink_to(outside / "x.jpg")  # of no interest
+    rows, left_out, _ = collect(folder)
+    assert rows == [("good.jpg", "a caption"), ("linked.jpg", "another caption"), ("shard/inner.jpg", "a caption")]
+    assert left_out == {cm.LINK_OUT: 3, cm.LINK_BROKEN: 2, cm.LINK_FOLDER: 2}
+
+
+def test_the_folder_itself_may_be_a_symlink(tmp_path):
+    put_pair(tmp_path / "real", "a.jpg")
+    (tmp_path / "link").symlink_to("real")
+    cm.main(["-p", f"{tmp_path}/link/"])
+    assert written(tmp_path / "real") == [("a.jpg", "a caption")]
+
+
+def test_names_that_metadata_cannot_carry(tmp_path):
+    put_pair(tmp_path, "good.jpg")
+    put_pair(tmp_path, "back\\slash.jpg")
+    for extension in (b".jpg", b".txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/latin-\xe9" + extension)).write_bytes(JPEG)
+    assert collect(tmp_path) == ([("good.jpg", "a caption")], {cm.BAD_NAME: 2}, {})
+
+
+def test_hidden_things(tmp_path):
+    put_pair(tmp_path, "good.jpg")
+    put(tmp_path, "._good.jpg", b"AppleDouble")
+    put(tmp_path, ".DS_Store", b"x")
+    put_pair(tmp_path, ".ipynb_checkpoints/good.jpg")
+    assert collect(tmp_path) == ([("good.jpg", "a caption")], {cm.HIDDEN: 2}, {})
+
+
+def test_special_files_are_never_opened(tmp_path):
+    put_pair(tmp_path, "good.jpg")
+    put(tmp_path, "a.jpg", JPEG)
+    os.mkfifo(tmp_path / "a.txt")  # opening it would wait for ever
+    assert collect(tmp_path) == ([("good.jpg", "a caption")], {cm.NO_CAPTION: 1}, {})
+
+
+def test_nested_metadata_is_reported(tmp_path):
+    put_pair(tmp_path, "a/good.jpg")
+    put(tmp_path, "a/metadata.jsonl", "{}")
+    put(tmp_path, "b/metadata.csv", "")
+    assert collect(tmp_path) == ([("a/good.jpg", "a caption")], {}, {cm.NESTED: 2})
+
+
+def test_max_samples_takes_the_first_good_ones(tmp_path):
+    for key in range(5):
+        put_pair(tmp_path, f"{key}.jpg", image=b"" if key == 1 else JPEG)
+    rows, left_out, _ = collect(tmp_path, "--max_samples", "3")
+    assert [name for name, _ in rows] == ["0.jpg", "2.jpg", "3.jpg"]
+    assert left_out == {cm.ZERO_BYTES: 1}
+
+
+def test_no_verify_opens_no_picture(tmp_path):
+    put_pair(tmp_path, "a.jpg", image=b"")
+    assert collect(tmp_path, "--no_verify") == ([("a.jpg", "a caption")], {}, {})
+
+
+def dirty_corpus(folder: Path, num_good: int) -> None:
+    for key in range(num_good):
+        put_pair(folder, f"{key % 3:05d}/{key:09d}.jpg", f"number {key}")
+    put_pair(folder, "truncated.jpg", image=JPEG[:200])
+    put_pair(folder, "text.jpg", image=b"hello")
+    put_pair(folder, "zero.jpg", image=b"")
+    put_pair(folder, "bomb.png", image=huge_png(60_000))
+    put_pair(folder, "empty caption.jpg", "")
+    put(folder, "no caption.jpg", JPEG)
+    put(folder, "no image.txt", "c")
+    put_pair(folder, "latin.jpg", b"caf\xe9")
+
+
+def test_workers_give_the_same_bytes_as_one_process(tmp_path, caplog):
+    """Enough pairs for a pool: same rows in the same order, same counts; and a second run changes no byte."""
+    dirty_corpus(tmp_path, num_good=60)
+    caplog.set_level("INFO")
+    outputs = []
+    for workers in ("1", "2", "2"):
+        caplog.clear()
+        cm.main(["-p", str(tmp_path), "--num_workers", workers])
+        outputs.append(((tmp_path / "metadata.jsonl").read_bytes(), caplog.text))
+    assert outputs[0] == outputs[1] == outputs[2]
+    rows = written(tmp_path)
+    assert len(rows) == 61 and rows == sorted(rows)
+    assert rows[1] == ("00000/000000003.jpg", "number 3") and rows[-1] == ("latin.jpg", "café")
+
+
+def test_closing_report(tmp_path, caplog):
+    dirty_corpus(tmp_path, num_good=3)
+    for key in range(4):
+        put(tmp_path, f"alone {key}.jpg", JPEG)
+    caplog.set_level("INFO")
+    cm.main(["-p", str(tmp_path)])
+    lines = [line for record in caplog.records for line in record.getMessage().splitlines()]
+    assert f"        5  {cm.NO_CAPTION}: 'alone 0.jpg', 'alone 1.jpg', 'alone 2.jpg', ..." in lines
+    for reason, name in [
+        (cm.DAMAGED, "truncated.jpg"),
+        (cm.NOT_AN_IMAGE, "text.jpg"),
+        (cm.ZERO_BYTES, "zero.jpg"),
+        (cm.TOO_LARGE, "bomb.png"),
+        (cm.EMPTY_CAPTION, "empty caption.jpg"),
+        (cm.NO_IMAGE, "no image.txt"),
+        (cm.LATIN1, "latin.jpg"),
+    ]:
+        assert f"        1  {reason}: {name!r}" in lines
+    assert f"4 pairs written to {tmp_path}/metadata.jsonl, every image decoded" in lines
+    assert lines[-1].startswith("next: ") and lines[-1].endswith(f"--train_data_dir {tmp_path}")
+
+
+def test_a_worker_that_dies_ends_the_run(capsys):
+    with pytest.raises(SystemExit) as end:
+        list(cm.in_order(os._exit, [1] * 100, num_workers=2))
+    assert end.value.code == 2
+    assert "--num_workers" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ one metadata file, whole
+
+
+def test_csv(tmp_path):
+    put_pair(tmp_path, 'a "b", c.jpg', "one, two")
+    put_pair(tmp_path, "d.jpg", 'say "hi"')
+    cm.main(["-p", str(tmp_path), "--format", "csv"])
+    expected = 'file_name,text\n"a ""b"", c.jpg","one, two"\n"d.jpg","say ""hi"""\n'
+    assert (tmp_path / "metadata.csv").read_bytes() == expected.encode()
+
+
+def test_own_metadata_is_replaced_in_either_format(tmp_path):
+    put_pair(tmp_path, "a.jpg")
+    for chosen in ("csv", "jsonl", "jsonl", "csv"):
+        cm.main(["-p", str(tmp_path), "--format", chosen])
+        assert [path.name for path in tmp_path.glob("metadata*")] == [f"metadata.{chosen}"]
+    put_pair(tmp_path, "b.jpg")
+    cm.main(["-p", str(tmp_path)])
+    assert written(tmp_path) == [("a.jpg", "a caption"), ("b.jpg", "a caption")]
+
+
+@pytest.mark.parametrize("name", cm.METADATA_NAMES)
+def test_foreign_metadata(tmp_path, capsys, name):
+    put_pair(tmp_path, "a.jpg")
+    put(tmp_path, name, '{"file_name": "a.jpg", "text": "written by hand"}\n')
+    before = listing(tmp_path)
+    message = error_line(capsys, "-p", str(tmp_path))
+    assert str(tmp_path / name) in message and "--overwrite" in message
+    assert listing(tmp_path) == before
+    cm.main(["-p", str(tmp_path), "--overwrite"])
+    assert [path.name for path in tmp_path.glob("metadata*")] == ["metadata.jsonl"]
+    assert written(tmp_path) == [("a.jpg", "a caption")]
+
+
+def test_captions_edited_by_hand_are_not_lost(tmp_path, capsys):
+    put_pair(tmp_path, "a.jpg")
+    cm.main(["-p", str(tmp_path)])
+    edited = (tmp_path / "metadata.jsonl").read_text().replace("a caption", "a better caption")
+    put(tmp_path, "metadata.jsonl", edited)
+    assert "edited" in error_line(capsys, "-p", str(tmp_path))
+    assert (tmp_path / "metadata.jsonl").read_text() == edited
+
+
+def test_stamp_is_a_sha256sum_file(tmp_path):
+    put_pair(tmp_path, "a.jpg")
+    cm.main(["-p", str(tmp_path)])
+    subprocess.run(["sha256sum", "--check", cm.STAMP_NAME], cwd=tmp_path, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_disk_full_leaves_the_old_file(tmp_path, capsys, monkeypatch, failing):
+    put_pair(tmp_path, "a.jpg")
+    cm.main(["-p", str(tmp_path)])
+    put_pair(tmp_path, "b.jpg")
+    before = listing(tmp_path)
+
+    def disk_full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, failing, disk_full)
+    message = error_line(capsys, "-p", str(tmp_path))
+    assert "No space left on device" in message and str(tmp_path) in message
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("stage", ["check_pair", "jsonl_line"])
+def test_ctrl_c_leaves_the_old_file(tmp_path, monkeypatch, stage):
+    put_pair(tmp_path, "a.jpg")
+    cm.main(["-p", str(tmp_path)])
+    put_pair(tmp_path, "b.jpg")
+    before = listing(tmp_path)
+
+    def ctrl_c(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cm, stage, ctrl_c)
+    with pytest.raises(SystemExit) as end:
+        cm.main(["-p", str(tmp_path)])
+    assert end.value.code == 130
+    assert listing(tmp_path) == before
+
+
+def test_a_planted_partial_file_is_not_written_through(tmp_path):
+    target = put(tmp_path, "precious", "keep me")
+    put_pair(tmp_path / "data", "a.jpg")
+    (tmp_path / "data/metadata.jsonl.partial").symlink_to(target)
+    cm.main(["-p", str(tmp_path / "data")])
+    assert target.read_text() == "keep me"
+    assert written(tmp_path / "data") == [("a.jpg", "a caption")]
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+def test_wrong_arguments(tmp_path, capsys, monkeypatch):
+    file = put(tmp_path, "file", "")
+    assert "--image_path" in error_line(capsys)
+    assert f"{tmp_path}/gone" in error_line(capsys, "-p", f"{tmp_path}/gone")
+    assert "not a folder" in error_line(capsys, "-p", str(file))
+    assert "--max_samples 0" in error_line(capsys, "-p", str(tmp_path), "--max_samples", "0")
+    assert "--num_workers 0" in error_line(capsys, "-p", str(tmp_path), "--num_workers", "0")
+    assert "--format" in error_line(capsys, "-p", str(tmp_path), "--format", "xml")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "writable" in error_line(capsys, "-p", str(tmp_path))
+
+
+def test_no_pair_writes_nothing(tmp_path, capsys):
+    folder = tmp_path / "line\nbreak [1]"
+    folder.mkdir()
+    assert "NAME.txt" in error_line(capsys, "-p", str(folder))
+    put(folder, "a.jpg", JPEG)
+    assert f"1 {cm.NO_CAPTION}" in error_line(capsys, "-p", str(folder))
+    put(folder, "a.txt", "")
+    assert f"1 {cm.EMPTY_CAPTION}" in error_line(capsys, "-p", str(folder))
+    put_pair(folder, "a.jpg", image=b"hello")
+    assert f"1 {cm.NOT_AN_IMAGE}" in error_line(capsys, "-p", str(folder))
+    assert sorted(listing(folder)) == ["a.jpg", "a.txt"]
+
+
+def test_webdataset_folder_is_named_as_such(tmp_path, capsys):
+    put(tmp_path, "00000.tar", b"")
+    put(tmp_path, "00001.tar", b"")
+    assert "2 .tar files" in error_line(capsys, "-p", str(tmp_path))
+
+
+def test_help_needs_no_library():
+    code = (
+        "import sys, create_metadata\n"
+        "try: create_metadata.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'PIL', 'tqdm', 'torch', 'numpy', 'concurrent.futures'} & set(sys.modules)"
+    )
+    child = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert "--image_path FOLDER" in child.stdout and "Next: train_text_to_image_qat.py" in child.stdout
+    assert len(cm.__doc__.strip().splitlines()) <= 15
+
+
+def test_command_line(tmp_path):
+    put_pair(tmp_path, "00000/000000001.jpg", "a photo of an astronaut riding a horse on mars")
+    child = subprocess.run([sys.executable, SCRIPT, "--image_path", tmp_path], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert child.stdout == "" and len(child.stderr.splitlines()) == 2, child.stderr
+    assert written(tmp_path) == [("00000/000000001.jpg", "a photo of an astronaut riding a horse on mars")]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers in /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_ended_from_outside(tmp_path, how):
+    """Ctrl-C (to the whole group, as a terminal sends it) or a kill: nothing written, no worker left, no traceback."""
+    put_pair(tmp_path, "0.png", image=encoded(Image.effect_noise((600, 600), 60), "PNG"))
+    for key in range(1, 5000):  # minutes of decoding
+        os.link(tmp_path / "0.png", tmp_path / f"{key}.png")
+        os.link(tmp_path / "0.txt", tmp_path / f"{key}.txt")
+    before = set(os.listdir(tmp_path))
+    command = [sys.executable, SCRIPT, "-p", tmp_path, "--num_workers", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as child:
+        try:
+            deadline = time.monotonic() + 30
+            while len(workers := children(child.pid)) < 3 and time.monotonic() < deadline:  # two, and their tracker
+                time.sleep(0.02)
+            time.sleep(0.5)
+            os.killpg(child.pid, how) if how == signal.SIGINT else child.kill()
+            _, stderr = child.communicate(timeout=30)
+        finally:
+            child.kill()
+    while any(os.path.exists(f"/proc/{worker}/exe") for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(os.path.exists(f"/proc/{worker}/exe") for worker in workers)
+    assert child.returncode == (130 if how == signal.SIGINT else -9), stderr
+    assert how == signal.SIGKILL or stderr == "interrupted: nothing written\n"
+    assert set(os.listdir(tmp_path)) == before
