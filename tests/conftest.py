@@ -1,0 +1,158 @@
+"""A Stable Diffusion small enough to make, train and paint with in seconds, and helpers to run the scripts."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny layers: a second thread costs more than it brings
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = 32  # pixels of a picture of the tiny model
+
+torch.set_num_threads(1)
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    """Every kind of layer that Stable Diffusion's UNet has: shortcuts, down- and upsampling, both attentions."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+
+
+def tiny_pipeline(**scheduler: str) -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77)
+    text = CLIPTextConfig(
+        vocab_size=len(pieces),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=len(pieces) - 2,
+        eos_token_id=len(pieces) - 1,
+        pad_token_id=len(pieces) - 1,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        sample_size=SIZE,
+    )
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=tiny_unet(),
+        scheduler=DDIMScheduler(**schedule, **scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven captioned pictures, more than one batch and no multiple of one."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(11):
+        picture = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize((50, 40))
+        picture.save(folder / f"{index:04d}.jpg", quality=95)
+        rows.append(f'{{"file_name": "{index:04d}.jpg", "text": "picture number {index}"}}\n')
+    (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
+    return folder
+
+
+def reset_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def train(model_dir: Path, data_dir: Path) -> Iterator[Callable[..., dict]]:
+    """Run the trainer inside this process; returns the contents of quant_model.pt."""
+    import train_text_to_image_qat as trainer
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(output_dir: Path, *flags: str) -> dict:
+        reset_accelerate()
+        trainer.main(
+            ["--pretrained_model_name_or_path", str(model_dir), "--train_data_dir", str(data_dir)]
+            + ["--output_dir", str(output_dir), "--resolution", str(SIZE), "--train_batch_size", "2", "--use_cpu"]
+            + ["--calibration_steps", "3", "--report_to", "none", "--mixed_precision", "no", *flags]
+        )
+        return torch.load(output_dir / "quant_model.pt", weights_only=True)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    reset_accelerate()
+
+
+@pytest.fixture(scope="session")
+def quant_model(model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """quant_model.pt of the tiny model, after two training steps."""
+    import train_text_to_image_qat as trainer
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    output_dir = tmp_path_factory.mktemp("quantized")
+    reset_accelerate()
+    trainer.main(
+        ["--pretrained_model_name_or_path", str(model_dir), "--train_data_dir", str(data_dir), "--report_to", "none"]
+        + ["--output_dir", str(output_dir), "--resolution", str(SIZE), "--train_batch_size", "2", "--use_cpu"]
+        + ["--calibration_steps", "6", "--max_train_steps", "2", "--mixed_precision", "no"]
+    )
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    reset_accelerate()
+    return output_dir / "quant_model.pt"
+
+
+def run_command(*command: str | Path, **environment: str) -> subprocess.CompletedProcess:
+    """A script as a user runs it; its output is shown where it fails."""
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    print(f"$ {' '.join(map(str, command))}\n{result.stdout}\n{result.stderr}")
+    return result

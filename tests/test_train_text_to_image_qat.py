@@ -1,0 +1,563 @@
+"""The trainer: its quantizers, data order, checkpoints and refusals, in numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from neural_compressor.torch.quantization import convert, prepare
+from PIL import Image
+
+import train_text_to_image_qat as trainer
+from conftest import SIZE, run_command, tiny_pipeline, tiny_unet
+
+KEPT_FLOAT = trainer.DEFAULT_KEEP_FLOAT
+
+
+def parse(*flags: str):
+    return trainer.parse_args(["--pretrained_model_name_or_path", "x", "--dataset_name", "y", *flags])
+
+
+def prepared_unet(keep_float: list[str] = KEPT_FLOAT) -> nn.Module:
+    torch.manual_seed(1)
+    config = trainer.Int8Config()
+    for pattern in keep_float:
+        config.set_local(pattern, trainer.KEEP_FLOAT)
+    return prepare(tiny_unet(), config)
+
+
+def unet_inputs(batch: int = 2, edge: int = SIZE // 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    noisy_latents = torch.randn(batch, 4, edge, edge, generator=generator)
+    return noisy_latents, torch.full((batch,), 500), torch.randn(batch, 77, 32, generator=generator)
+
+
+def calibrated_unet() -> nn.Module:
+    unet = prepared_unet()
+    trainer.set_mode(unet, "observe")
+    with torch.no_grad():
+        unet(*unet_inputs())
+    for quantizer in trainer.input_quantizers(unet):
+        quantizer.freeze_range()
+    trainer.set_mode(unet, "quantize")
+    return unet
+
+
+# ---------------------------------------------------------------- quantizers
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (8, 4, 3, 3)])
+def test_weight_rounding_error_is_at_most_half_a_scale_of_its_channel(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape) * torch.logspace(-3, 3, 8).view(-1, *[1] * (len(shape) - 1))
+    levels, scale = trainer.quantize_weight(weight)
+    error = (levels * trainer.per_channel(scale, weight) - weight).abs().flatten(1).amax(dim=1)
+    assert levels.dtype == torch.int8
+    assert levels.flatten(1).abs().amax(dim=1).tolist() == [127] * 8  # the whole symmetric range, in every channel
+    assert (error <= scale / 2 * 1.0001).all()
+
+
+def test_fake_quantized_weight_is_the_dequantized_int8_weight_to_the_bit() -> None:
+    weight = torch.randn(8, 4, 3, 3)
+    levels, scale = trainer.quantize_weight(weight)
+    assert torch.equal(trainer.FakeQuantizeWeight.apply(weight), levels.float() * trainer.per_channel(scale, weight))
+
+
+def test_weight_of_zeros_stays_zero() -> None:
+    assert torch.equal(trainer.FakeQuantizeWeight.apply(torch.zeros(4, 4)), torch.zeros(4, 4))
+
+
+def test_gradient_passes_straight_through_the_rounding_of_a_weight() -> None:
+    weight = torch.randn(4, 6, requires_grad=True)
+    slope = torch.randn(4, 6)
+    (trainer.FakeQuantizeWeight.apply(weight) * slope).sum().backward()
+    assert torch.equal(weight.grad, slope)
+
+
+def test_activation_rounding_error_is_at_most_half_a_scale_within_the_range() -> None:
+    quantizer = trainer.InputQuantizer()
+    x = torch.rand(1000) * 5 - 2
+    quantizer.observe(x)
+    quantizer.freeze_range()
+    quantizer.mode = "quantize"
+    scale = quantizer.log_scale.exp().item()
+    assert scale == pytest.approx(5 / 255, rel=0.01)
+    assert (quantizer(x) - x).abs().max().item() <= scale / 2 * 1.001 + 1e-6
+    assert quantizer(torch.tensor([-100.0, 0.0, 100.0])).tolist() == pytest.approx([-2, 0, 3], abs=scale)
+    assert quantizer(torch.zeros(3)).tolist() == [0, 0, 0]  # zero is exact, or padding would not be
+
+
+def test_gradients_of_an_activation_follow_lsq() -> None:
+    log_scale = torch.tensor(0.5).log().requires_grad_()
+    x = torch.tensor([0.6, -0.3, 1000.0, -1000.0], requires_grad=True)
+    zero_point = torch.tensor(100, dtype=torch.int32)
+    trainer.FakeQuantizeActivation.apply(x, log_scale, zero_point).sum().backward()
+    assert x.grad.tolist() == [1, 1, 0, 0]  # clipped values get none
+    errors = (0.5 - 0.6) + (-0.5 + 0.3)  # rounded minus exact, inside the range
+    clipped = (255 - 100) * 0.5 + (0 - 100) * 0.5
+    assert log_scale.grad.item() == pytest.approx((errors + clipped) / math.sqrt(4 * 255), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_batch_does_not_enter_a_range(bad: float) -> None:
+    quantizer = trainer.InputQuantizer()
+    quantizer.observe(torch.tensor([-1.0, 2.0]))
+    quantizer.observe(torch.tensor([-50.0, bad, 70.0]))
+    assert (quantizer.low.item(), quantizer.high.item()) == (-1, 2)
+
+
+def test_forward_passes_change_no_quantizer_state_outside_of_calibration() -> None:
+    unet = calibrated_unet().train()
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    unet.enable_gradient_checkpointing()
+    unet(*(10 * part if part.is_floating_point() else part for part in unet_inputs())).sample.sum().backward()
+    assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
+
+
+def test_gradient_checkpointing_changes_neither_output_nor_gradients() -> None:
+    results = []
+    for checkpointing in (False, True):
+        unet = calibrated_unet().train()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        output = unet(*unet_inputs()).sample
+        output.square().mean().backward()
+        results.append([output, *(parameter.grad for parameter in unet.parameters())])
+    assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*results))
+
+
+# ---------------------------------------------------------------- prepare and convert
+
+
+def test_prepare_swaps_all_layers_but_those_kept_in_float() -> None:
+    unet = prepared_unet()
+    layers = {name for name, layer in unet.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    fake = {name for name in layers if hasattr(unet.get_submodule(name), "input_quantizer")}
+    kept = layers - fake
+    assert {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"} <= kept
+    assert all("time_emb" in name or "conv_" in name or ".attn2.to_" in name for name in kept)
+    assert "mid_block.attentions.0.transformer_blocks.0.attn2.to_q" in fake
+    assert len(fake) > 2 * len(kept)
+
+
+def test_one_quantizer_for_an_input_that_several_layers_read() -> None:
+    block = prepared_unet(keep_float=[]).mid_block.attentions[0].transformer_blocks[0]
+    own, cross = block.attn1, block.attn2
+    assert own.to_q.input_quantizer is own.to_k.input_quantizer is own.to_v.input_quantizer
+    assert cross.to_k.input_quantizer is cross.to_v.input_quantizer is not cross.to_q.input_quantizer
+
+
+def test_prepared_unet_computes_the_same_until_it_is_calibrated() -> None:
+    torch.manual_seed(1)
+    expected = tiny_unet()(*unet_inputs()).sample
+    assert torch.equal(prepared_unet()(*unet_inputs()).sample, expected)
+
+
+def test_convert_stores_int8_weights_and_half_precision_for_layers_kept_in_float() -> None:
+    unet = calibrated_unet()
+    original = unet.get_submodule("down_blocks.0.resnets.0.conv1").weight.detach().clone()
+    state = convert(unet).state_dict()
+    stored = state["down_blocks.0.resnets.0.conv1.weight"]
+    scale = state["down_blocks.0.resnets.0.conv1.weight_scale"]
+    assert stored.dtype == torch.int8 and scale.dtype == torch.float32
+    assert torch.allclose(stored * scale.view(-1, 1, 1, 1), original, atol=scale.max().item() / 2 * 1.001)
+    assert state["conv_in.weight"].dtype == torch.float16
+    assert state["down_blocks.0.resnets.0.norm1.weight"].dtype == torch.float32
+    assert not any("log_scale" in name for name in state)
+
+
+def test_a_weight_too_large_for_fp16_stays_fp32() -> None:
+    unet = calibrated_unet()
+    with torch.no_grad():
+        unet.conv_in.weight[0, 0, 0, 0] = 1e6
+    assert convert(unet).state_dict()["conv_in.weight"].dtype == torch.float32
+
+
+def test_recipe_survives_its_json(tmp_path: Path) -> None:
+    config = trainer.recipe(parse("--keep_float", "conv_in", r"mid_block\..*"), tiny_unet())
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(config.to_dict()))
+    again = trainer.recipe(parse("--quantization_config", str(file)), tiny_unet())
+    assert again.to_dict() == config.to_dict()
+    assert config.to_dict()["local"]["conv_in"] == {"w_dtype": "fp32", "act_dtype": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("conv_inn", "matches none"), ("(", "no regular expression"), (".*", "nothing to quantize")],
+)
+def test_recipe_refuses_patterns_that_cannot_be_meant(pattern: str, message: str) -> None:
+    with pytest.raises(trainer.UsageError, match=message):
+        trainer.recipe(parse("--keep_float", pattern), tiny_unet())
+
+
+def test_recipe_with_no_pattern_quantizes_every_layer() -> None:
+    unet = tiny_unet()
+    mapping = trainer.recipe(parse("--keep_float"), unet)
+    mapping = mapping.to_config_mapping(model_info=mapping.get_model_info(unet))
+    assert {config.w_dtype for config in mapping.values()} == {"int8"}
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_pictures_become_rgb_as_a_viewer_shows_them() -> None:
+    grey = Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16))
+    assert trainer.to_rgb(grey).getpixel((0, 0)) == (155, 155, 155)  # 40000 / 65535 * 255, not clipped to white
+    assert trainer.to_rgb(Image.new("RGBA", (4, 4), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert trainer.to_rgb(Image.new("LA", (4, 4), (0, 128))).getpixel((0, 0)) == pytest.approx((127,) * 3, abs=1)
+    assert trainer.to_rgb(Image.new("CMYK", (4, 4), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    rotated = Image.new("RGB", (6, 4))
+    exif = rotated.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    rotated.info["exif"] = exif.tobytes()
+    assert trainer.to_rgb(rotated).size == (4, 6)
+
+
+@pytest.mark.parametrize("size", [(100, 50), (50, 100), (3, 900), (64, 64), (1, 1)])
+def test_crops_are_square_and_stay_inside(size: tuple[int, int]) -> None:
+    for position in ((0, 0), (0.5, 0.5), (1, 1)):
+        assert trainer.crop_to_square(Image.new("RGB", size), 64, position).size == (64, 64)
+
+
+def test_center_crop_takes_the_middle() -> None:
+    picture = Image.new("RGB", (300, 100))
+    picture.paste((255, 0, 0), (100, 0, 200, 100))
+    assert np.asarray(trainer.crop_to_square(picture, 50, (0.5, 0.5)))[:, 2:-2].reshape(-1, 3).min(axis=0)[0] > 250
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "run python create_metadata.py"),
+        ({"metadata.jsonl": "{}", "metadata.csv": ""}, "delete one"),
+        ({"metadata.jsonl": '{"file_name": "a.jpg"}'}, "no 'text' among file_name"),
+        ({"metadata.jsonl": '{"file_name": "../a.jpg", "text": ""}'}, "outside the folder"),
+        ({"metadata.jsonl": '{"file_name": "/etc/a.jpg", "text": ""}'}, "outside the folder"),
+        ({"metadata.jsonl": "{broken"}, "write it again"),
+        ({"metadata.jsonl": "\n"}, "has no rows"),
+    ],
+)
+def test_metadata_that_cannot_work_is_named_with_the_remedy(tmp_path: Path, files: dict, message: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(trainer.UsageError, match=message):
+        trainer.read_metadata(tmp_path, "file_name", "text")
+
+
+def test_csv_captions_stay_text(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.jpg,null\nb.jpg,1984\n"c.jpg","a, ""b"""\n')
+    captions = [caption for _, caption in trainer.read_metadata(tmp_path, "file_name", "text")]
+    assert captions == ["null", "1984", 'a, "b"']
+
+
+def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed() -> None:
+    def rows(seed: int, numbers: range) -> list[tuple[int, int]]:
+        return [key for batch in trainer.MicroBatches(11, 2, seed, numbers) for key in batch]
+
+    whole = rows(0, range(11))  # 22 samples: two epochs
+    assert sorted(row for epoch, row in whole if epoch == 0) == list(range(11))
+    assert sorted(row for epoch, row in whole if epoch == 1) == list(range(11))
+    assert rows(0, range(11)) == whole != rows(1, range(11))
+    assert rows(0, range(4, 11)) == whole[8:]  # a resumed run
+    first, second = rows(0, range(0, 10, 2)), rows(0, range(1, 10, 2))  # two processes
+    halves = [first[i : i + 2] + second[i : i + 2] for i in range(0, 10, 2)]
+    assert sum(halves, []) == whole[:20]
+
+
+def dataset_of(rows: list[tuple[str, str]], *flags: str) -> trainer.CaptionedImages:
+    return trainer.CaptionedImages(rows, tiny_pipeline().tokenizer, parse("--resolution", "32", *flags))
+
+
+def test_unreadable_picture_is_replaced_and_counted(tmp_path: Path, data_dir: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    rows = [(str(tmp_path / "bad.jpg"), "bad"), (str(data_dir / "0001.jpg"), "good")]
+    dataset = dataset_of(rows, "--proportion_empty_prompts", "0")
+    sample, good = dataset[(0, 0)], dataset[(0, 1)]
+    assert sample["replaced"].item() >= 1 and good["replaced"].item() == 0
+    assert torch.equal(sample["input_ids"], good["input_ids"])  # the caption goes with its picture
+
+
+def test_too_many_unreadable_pictures_stop_the_run() -> None:
+    watch = trainer.Watch()
+    losses = {"loss": torch.tensor(1.0)}
+    watch.note(losses, torch.tensor([1] * 4 + [0] * 36))  # a tenth may be bad
+    with pytest.raises(trainer.UsageError, match="9 of 45 pictures could not be read"):
+        watch.note(losses, torch.tensor([1] * 5))
+
+
+def test_samples_are_a_function_of_seed_epoch_and_row(data_dir: Path) -> None:
+    rows = [(str(data_dir / "0001.jpg"), "one")]
+    flags = ["--random_flip", "--seed", "5"]
+    first, again = dataset_of(rows, *flags), dataset_of(rows, *flags)
+    assert torch.equal(first[(3, 0)]["pixel_values"], again[(3, 0)]["pixel_values"])
+    assert any(not torch.equal(first[(3, 0)]["pixel_values"], first[(e, 0)]["pixel_values"]) for e in range(4, 8))
+    assert first[(0, 0)]["pixel_values"].shape == (3, 32, 32)
+    assert first[(0, 0)]["pixel_values"].abs().max() <= 1
+
+
+def test_empty_prompts_take_their_share(data_dir: Path) -> None:
+    dataset = dataset_of([(str(data_dir / "0001.jpg"), "one")], "--proportion_empty_prompts", "0.5")
+    empty = dataset.tokenize([""])[0]
+    share = sum(torch.equal(dataset[(epoch, 0)]["input_ids"], empty) for epoch in range(100))
+    assert 35 <= share <= 65
+
+
+# ---------------------------------------------------------------- losses
+
+
+def test_targets_follow_the_prediction_type() -> None:
+    latents, noise, timesteps = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4), torch.tensor([10, 900])
+    for kind in ("epsilon", "v_prediction", "sample"):
+        scheduler = trainer.DDPMScheduler(prediction_type=kind)
+        target = trainer.training_target(scheduler, latents, noise, timesteps)
+        alpha = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+        expected = {"epsilon": noise, "v_prediction": velocity, "sample": latents}[kind]
+        assert torch.allclose(target, expected, atol=1e-5)
+
+
+def test_min_snr_bounds_the_weight_of_easy_timesteps() -> None:
+    scheduler = trainer.DDPMScheduler()
+    output, target = torch.zeros(1, 4, 4, 4), torch.ones(1, 4, 4, 4)
+    easy, hard = torch.tensor([1]), torch.tensor([990])
+    snr = (scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod))[1].item()
+    assert trainer.task_loss(output, target, scheduler, easy, None).item() == 1
+    assert trainer.task_loss(output, target, scheduler, easy, 5.0).item() == pytest.approx(5 / snr, rel=1e-4)
+    assert trainer.task_loss(output, target, scheduler, hard, 5.0).item() == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def equal_states(first: dict, second: dict) -> bool:
+    first, second = first["state_dict"], second["state_dict"]
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resumed_run_ends_with_the_same_bits(train, tmp_path: Path) -> None:
+    flags = ["--max_train_steps", "5", "--use_ema", "--gradient_accumulation_steps", "2", "--random_flip"]
+    flags += ["--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--checkpointing_steps", "2"]
+    whole = train(tmp_path / "whole", *flags)
+    train(tmp_path / "broken", *flags)
+    (tmp_path / "broken" / "quant_model.pt").unlink()
+    (tmp_path / "broken" / "checkpoint-4").rename(tmp_path / "broken" / "checkpoint-4.partial")  # was being written
+    resumed = train(tmp_path / "broken", *flags, "--resume_from_checkpoint", "latest")
+    assert equal_states(whole, resumed)
+    assert whole["training"]["losses"] == resumed["training"]["losses"]
+
+
+def test_data_workers_do_not_change_the_result(train, tmp_path: Path) -> None:
+    flags = ["--max_train_steps", "2", "--random_flip"]
+    alone = train(tmp_path / "alone", *flags)
+    assert equal_states(alone, train(tmp_path / "workers", *flags, "--dataloader_num_workers", "2"))
+
+
+def test_gradient_checkpointing_gives_the_same_ranges(train, tmp_path: Path) -> None:
+    plain = train(tmp_path / "plain", "--max_train_steps", "0")
+    checkpointed = train(tmp_path / "checkpointed", "--max_train_steps", "0", "--gradient_checkpointing")
+    assert equal_states(plain, checkpointed)
+
+
+def test_zero_steps_is_post_training_quantization_and_training_changes_it(train, tmp_path: Path) -> None:
+    ptq = train(tmp_path / "ptq", "--max_train_steps", "0")
+    qat = train(tmp_path / "qat", "--max_train_steps", "3", "--learning_rate", "1e-2")
+    assert ptq["training"]["steps"] == 0 and qat["training"]["steps"] == 3
+    name = "mid_block.resnets.0.conv1"
+    assert not torch.equal(ptq["state_dict"][f"{name}.weight"], qat["state_dict"][f"{name}.weight"])
+    assert ptq["state_dict"][f"{name}.input_scale"] != qat["state_dict"][f"{name}.input_scale"]
+
+
+def test_frozen_ranges_stay_as_calibrated(train, tmp_path: Path) -> None:
+    ptq = train(tmp_path / "ptq", "--max_train_steps", "0")
+    qat = train(tmp_path / "qat", "--max_train_steps", "3", "--quantizer_learning_rate", "0", "--use_ema")
+    scales = [name for name in ptq["state_dict"] if name.endswith("input_scale")]
+    assert scales and all(torch.equal(ptq["state_dict"][name], qat["state_dict"][name]) for name in scales)
+
+
+def test_distillation_brings_the_student_closer_to_the_teacher(train, tmp_path: Path, monkeypatch) -> None:
+    losses = []
+    monkeypatch.setattr(trainer.Accelerator, "log", lambda self, values, step: losses.append(values["kd_loss"]))
+    flags = ["--keep_float", "--max_train_samples", "2", "--learning_rate", "1e-3", "--proportion_empty_prompts", "0"]
+    train(tmp_path, *flags, "--max_train_steps", "40")
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+
+
+def test_exported_weights_are_the_averaged_ones_with_their_own_scales(train, tmp_path: Path, monkeypatch) -> None:
+    seen = {}
+    save = trainer.save_int8
+
+    def spy(state, *rest):
+        name = "mid_block.resnets.0.conv1.weight"
+        index = [key for key, _ in state.student.named_parameters()].index(name)
+        seen["live"] = state.student.get_parameter(name).detach().clone()
+        seen["ema"] = state.ema.shadow_params[index].clone()
+        return save(state, *rest)
+
+    monkeypatch.setattr(trainer, "save_int8", spy)
+    saved = train(tmp_path, "--max_train_steps", "4", "--use_ema", "--learning_rate", "1e-2")["state_dict"]
+    levels, scale = trainer.quantize_weight(seen["ema"])
+    assert torch.equal(saved["mid_block.resnets.0.conv1.weight"], levels)
+    assert torch.equal(saved["mid_block.resnets.0.conv1.weight_scale"], scale)
+    assert not torch.equal(trainer.quantize_weight(seen["live"])[1], scale)
+
+
+@pytest.mark.parametrize("accumulation", ["1", "4"])
+@pytest.mark.parametrize("length", [["--max_train_steps", "3"], ["--num_train_epochs", "1"]])
+def test_schedule_ends_with_the_last_step(train, tmp_path: Path, monkeypatch, accumulation: str, length: list) -> None:
+    rates = []
+    monkeypatch.setattr(trainer.Accelerator, "log", lambda self, values, step: rates.append(values["lr"]))
+    flags = ["--lr_scheduler", "linear", "--learning_rate", "1e-4", "--gradient_accumulation_steps", accumulation]
+    saved = train(tmp_path, *flags, *length)
+    assert rates[-1] == 0 and rates[-2] > 0
+    assert len(rates) == saved["training"]["steps"]
+    if "--num_train_epochs" in length:
+        assert len(rates) == math.ceil(11 / (2 * int(accumulation)))
+
+
+def test_a_step_that_is_not_finite_is_left_out(train, tmp_path: Path, monkeypatch) -> None:
+    calls, loss = [], trainer.F.mse_loss
+
+    def sometimes_nan(*tensors):
+        calls.append(1)
+        return loss(*tensors) * (math.nan if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(trainer.F, "mse_loss", sometimes_nan)
+    saved = train(tmp_path, "--max_train_steps", "3", "--use_ema")
+    assert all(torch.isfinite(tensor).all() for tensor in saved["state_dict"].values() if tensor.is_floating_point())
+
+
+def test_non_finite_losses_in_a_row_end_the_run(train, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer.F, "mse_loss", lambda ours, theirs: ours.mean() * math.nan)
+    with pytest.raises(trainer.TrainingError, match="5 non-finite losses in a row"):
+        train(tmp_path, "--max_train_steps", "9")
+
+
+def test_oldest_checkpoints_are_deleted_and_numbers_sort_as_numbers(train, tmp_path: Path) -> None:
+    train(tmp_path, "--max_train_steps", "11", "--checkpointing_steps", "1", "--checkpoints_total_limit", "3")
+    assert [path.name for path in trainer.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-11"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_resuming_with_other_settings_is_refused(train, tmp_path: Path) -> None:
+    train(tmp_path, "--max_train_steps", "2", "--checkpointing_steps", "1")
+    with pytest.raises(trainer.UsageError, match=r"learning_rate \(then 1e-05, now 0.1\)"):
+        train(tmp_path, "--max_train_steps", "3", "--learning_rate", "0.1", "--resume_from_checkpoint", "latest")
+
+
+def test_failed_checkpoint_keeps_the_earlier_one(train, tmp_path: Path, monkeypatch) -> None:
+    save = trainer.Trainer.save
+
+    def full_disk(self, path: Path) -> None:
+        if self.step == 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(self, path)
+
+    monkeypatch.setattr(trainer.Trainer, "save", full_disk)
+    with pytest.raises(trainer.TrainingError, match="No space left"):
+        train(tmp_path, "--max_train_steps", "3", "--checkpointing_steps", "1")
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-1"]
+
+
+def test_sigterm_saves_a_checkpoint_and_leaves_with_its_code(train, tmp_path: Path, monkeypatch) -> None:
+    after_step = trainer.after_step
+
+    def terminate(state, *rest):
+        if state.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        after_step(state, *rest)
+
+    monkeypatch.setattr(trainer, "after_step", terminate)
+    with pytest.raises(SystemExit) as left:
+        train(tmp_path, "--max_train_steps", "5")
+    assert left.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in trainer.checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_validation_paints_teacher_and_student_side_by_side(train, tmp_path: Path) -> None:
+    train(tmp_path, "--max_train_steps", "1", "--validation_prompts", "one", "two", "--use_ema")
+    pictures = sorted((tmp_path / "validation").iterdir())
+    assert [path.name for path in pictures] == ["step-000001-prompt-0.png", "step-000001-prompt-1.png"]
+    pixels = np.asarray(Image.open(pictures[0]), dtype=float)
+    assert pixels.shape == (SIZE, 2 * SIZE, 3)
+    assert 0 < np.abs(pixels[:, :SIZE] - pixels[:, SIZE:]).mean() < 20  # nearly, not exactly, the same picture
+
+
+def test_all_losses_can_be_used_in_bf16(train, tmp_path: Path) -> None:
+    flags = ["--task_weight", "0.5", "--feature_kd_weight", "0.1", "--snr_gamma", "5", "--mixed_precision", "bf16"]
+    saved = train(tmp_path, "--max_train_steps", "2", *flags)
+    losses = saved["training"]["losses"]
+    expected = losses["kd_loss"] + 0.5 * losses["task_loss"] + 0.1 * losses["feature_kd_loss"]
+    assert losses["loss"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_dataset_columns_are_checked(model_dir: Path, tmp_path: Path) -> None:
+    import datasets
+
+    pictures = [Image.new("RGB", (40, 40), (20 * i, 0, 0)) for i in range(3)]
+    table = datasets.Dataset.from_dict({"picture": pictures, "words": ["a", "b", "c"]})
+    table = table.cast_column("picture", datasets.Image())
+    table.to_parquet(tmp_path / "train.parquet")
+    pipeline = tiny_pipeline()
+    args = parse("--dataset_name", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--resolution", "32")
+    with pytest.raises(trainer.UsageError, match="--image_column image is none of picture, words"):
+        trainer.load_dataset(args, pipeline)
+    flags = ["--image_column", "picture", "--caption_column", "words", "--max_train_samples", "2"]
+    args = parse("--dataset_name", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--resolution", "32", *flags)
+    dataset = trainer.load_dataset(args, pipeline)
+    assert len(dataset) == 2 and dataset.caption(1) == "b"
+    assert dataset[(0, 1)]["pixel_values"][0].mean().item() == pytest.approx(20 / 127.5 - 1, abs=0.01)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resolution", "510"], "504 would do"),
+        (["--mixed_precision", "fp16", "--use_cpu"], "bf16"),
+        (["--kd_weight", "0"], "must not all be zero"),
+        (["--train_batch_size", "0"], "--train_batch_size must be at least 1"),
+        (["--train_data_dir", "/nowhere"], "either --train_data_dir"),
+        (["--quantization_config", "/nowhere.json"], "no such file"),
+        (["--proportion_empty_prompts", "2"], "between 0 and 1"),
+        (["--report_to", "wandb", "--hub_token", "secret"], "would be shown"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_with_the_remedy(flags: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse(*flags)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_kinds_of_model_are_refused(train, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(trainer.UsageError, match="StableDiffusionXLPipeline"):
+        train(tmp_path / "out", "--pretrained_model_name_or_path", str(tmp_path))
+
+
+def test_model_that_is_not_there_is_named(train, tmp_path: Path) -> None:
+    with pytest.raises(trainer.UsageError, match=str(tmp_path / "nothing")):
+        train(tmp_path / "out", "--pretrained_model_name_or_path", str(tmp_path / "nothing"))
+
+
+def test_cores_are_used_where_only_the_launcher_asked_for_one_thread(tmp_path: Path) -> None:
+    child = "import train_text_to_image_qat as t, torch; t.use_all_cores(); print('threads', torch.get_num_threads())"
+    launcher = (
+        "import os, subprocess, sys; environment = {**os.environ, 'OMP_NUM_THREADS': '1'};"
+        f"print(subprocess.check_output([sys.executable, '-c', {child!r}], env=environment, text=True))"
+    )
+    cores = run_command(sys.executable, "-c", child, OMP_NUM_THREADS="1").stdout
+    assert "threads 1" in cores  # the user's own choice
+    free = {"OMP_NUM_THREADS": ""}
+    result = run_command("env", "-u", "OMP_NUM_THREADS", sys.executable, "-c", launcher, **free)
+    assert f"threads {trainer.psutil.cpu_count(logical=False)}" in result.stdout

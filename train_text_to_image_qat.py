@@ -1,0 +1,1381 @@
+#!/usr/bin/env python
+"""Quantization-aware training of Stable Diffusion's UNet, distilled from its full-precision self.
+
+Reads a Stable Diffusion 1.x/2.x checkpoint (a diffusers folder or a hub id) and a picture folder
+with the metadata.jsonl that create_metadata.py wrote. Writes OUTPUT_DIR/quant_model.pt: the UNet
+with int8 weights and activation ranges, about a quarter of its fp32 size.
+
+    accelerate launch train_text_to_image_qat.py \\
+        --pretrained_model_name_or_path demo/tiny-stable-diffusion --train_data_dir demo/scenes \\
+        --use_ema --resolution=128 --train_batch_size=4 --max_train_steps=300 \\
+        --learning_rate=1e-05 --output_dir=qat --use_cpu
+
+--max_train_steps 0 calibrates and converts without training (post-training quantization).
+Next: python text2images.py -m MODEL -qm OUTPUT_DIR/quant_model.pt -c "a caption"
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Importing these libraries on a CPU prints notices about GPU parts that are not there.
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+for library in ("torchao", "neural_compressor", "torch.utils._pytree"):
+    logging.getLogger(library).setLevel(logging.ERROR)
+
+import accelerate
+import diffusers
+import numpy as np
+import psutil
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel, compute_snr
+from neural_compressor.common.base_config import DEFAULT_WHITE_LIST, register_config
+from neural_compressor.common.utils import Mode
+from neural_compressor.torch.quantization import convert, prepare
+from neural_compressor.torch.quantization.config import TorchBaseConfig
+from neural_compressor.torch.utils.utility import register_algo
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+logger = logging.getLogger("train")
+
+# Layers that cost little and hurt much when quantized: kept in float, and stored as fp16.
+DEFAULT_KEEP_FLOAT = [
+    "conv_in",
+    "conv_out",
+    "time_embedding",
+    r".*\.time_emb_proj",
+    r".*\.attn2\.to_[kv]",
+    r".*\.conv_shortcut",
+]
+CALIBRATION_GUIDANCE = 7.5  # the guidance scale that pictures are painted with by default
+CALIBRATION_PICTURE_STEPS = 20  # denoising steps of a calibration picture: spread over all timesteps
+MAX_BAD_SHARE = 0.1  # stop when more than this share of the pictures cannot be read
+MAX_BAD_STEPS = 5  # stop after so many non-finite losses in a row
+
+
+# ---------------------------------------------------------------- arguments
+
+
+LEAST = {
+    **dict.fromkeys(["max_train_samples", "calibration_steps", "num_train_epochs", "train_batch_size"], 1),
+    **dict.fromkeys(["gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit"], 1),
+    **dict.fromkeys(["validation_steps"], 1),
+    **dict.fromkeys(["max_train_steps", "dataloader_num_workers", "lr_warmup_steps", "seed"], 0),
+    **dict.fromkeys(["kd_weight", "task_weight", "feature_kd_weight", "learning_rate", "quantizer_learning_rate"], 0),
+}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and every flag's default."""
+
+
+def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="diffusers folder or hub id of Stable Diffusion 1.x or 2.x",
+    )
+    add("--revision", help="git revision of the hub model")
+    add("--variant", help="file variant of the model's weights, as in fp16")
+    add("--cache_dir", help="where downloads are kept")
+    add = parser.add_argument_group("data").add_argument
+    add("--train_data_dir", type=Path, help="picture folder with the metadata.jsonl of create_metadata.py")
+    add("--dataset_name", help="instead of a folder: a dataset that the datasets library loads, by name or path")
+    add("--dataset_config_name", help="configuration of --dataset_name")
+    add("--image_column", help="column of the pictures; by default file_name in a folder, image in a dataset")
+    add("--caption_column", default="text", help="column of the captions")
+    add("--max_train_samples", type=int, help="use only the first so many pairs")
+    add("--resolution", type=int, default=512, help="edge of a training picture in pixels, a multiple of 8")
+    add("--center_crop", action="store_true", help="crop the middle; without it, a random part")
+    add("--random_flip", action="store_true", help="mirror half of the pictures")
+    add("--proportion_empty_prompts", type=float, default=0.1, help="share of captions emptied, as guidance will do")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that decode pictures; 0: the main one")
+
+
+def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("quantization").add_argument
+    text = "layers kept in float: patterns matched from the start of their names; with none given, every layer is int8"
+    add("--keep_float", nargs="*", metavar="REGEX", default=DEFAULT_KEEP_FLOAT, help=text)
+    add("--quantization_config", type=Path, metavar="FILE.json", help="a whole recipe, as quant_model.pt records it")
+    add("--calibration_steps", type=int, default=100, help="UNet evaluations, while painting, that set the ranges")
+    add = parser.add_argument_group("losses").add_argument
+    add("--kd_weight", type=float, default=1.0, help="weight of the distance to the teacher's output")
+    text = "weight of the denoising loss on the data, which draws the student away from the teacher"
+    add("--task_weight", type=float, default=0.0, help=text)
+    add("--feature_kd_weight", type=float, default=0.0, help="weight of the distance to the teacher's block outputs")
+    add("--snr_gamma", type=float, help="min-SNR weights (arXiv 2303.09556) for the denoising loss; 5.0 is usual")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("training").add_argument
+    add("--max_train_steps", type=int, help="optimizer steps; 0 only calibrates and converts")
+    add("--num_train_epochs", type=int, default=1, help="passes over the data, unless --max_train_steps is given")
+    add("--train_batch_size", type=int, default=4, help="pictures per process and forward pass")
+    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
+    add("--gradient_checkpointing", action="store_true", help="less memory for about a third more time")
+    add("--learning_rate", type=float, default=1e-5, help="peak, for the weights")
+    text = "peak, for the logarithms of the activation scales; 0 freezes them as calibrated"
+    add("--quantizer_learning_rate", type=float, default=1e-3, help=text)
+    add("--scale_lr", action="store_true", help="multiply --learning_rate by processes x accumulation x batch size")
+    schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+    add("--lr_scheduler", default="constant", choices=schedules, help="schedule over all steps")
+    add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up")
+    add("--adam_beta1", type=float, default=0.9, help="decay of the gradient's average")
+    add("--adam_beta2", type=float, default=0.999, help="decay of the squared gradient's average")
+    add("--adam_weight_decay", type=float, default=0.0, help="pulls weights to zero, away from the teacher's")
+    add("--adam_epsilon", type=float, default=1e-8, help="keeps small gradients from large steps")
+    add("--max_grad_norm", type=float, default=1.0, help="gradient clipping")
+    add("--use_ema", action="store_true", help="average the weights over the steps, and export the average")
+    add("--seed", type=int, default=0, help="of data order, crops, noise and timesteps")
+    add("--use_cpu", action="store_true", help="train on the CPU even where there is a GPU")
+    text = "by default what accelerate launch was told, else bf16 where the hardware computes in it"
+    add("--mixed_precision", choices=["no", "bf16", "fp16"], help=text)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", type=Path, default=Path("sd-qat-kd"), help="for quant_model.pt, checkpoints, logs, validation")
+    add("--checkpointing_steps", type=int, default=100, help="optimizer steps between checkpoints")
+    add("--checkpoints_total_limit", type=int, default=2, help="the oldest above this number are deleted")
+    text = "go on from a checkpoint, to the same bits as without the break"
+    add("--resume_from_checkpoint", metavar="latest|PATH", help=text)
+    add("--validation_prompts", nargs="+", help="captions painted by teacher and student, side by side")
+    add("--validation_steps", type=int, default=100, help="optimizer steps between these")
+    text = "tracker of accelerate (tensorboard, wandb, ...), or none; by default tensorboard if it is installed"
+    add("--report_to", help=text)
+    add("--logging_dir", default="logs", help="of the tracker, inside --output_dir")
+    add("--push_to_hub", action="store_true", help="upload quant_model.pt and the validation pictures")
+    add("--hub_token", help="token to push with, if not the one of `hf auth login`")
+    add("--hub_model_id", help="repository to push to, if not the name of --output_dir")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_model_and_data_arguments(parser)
+    add_quantization_arguments(parser)
+    add_training_arguments(parser)
+    add_output_arguments(parser)
+    args = parser.parse_args(argv)
+
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        parser.error("give either --train_data_dir FOLDER or --dataset_name NAME")
+    if args.train_data_dir is not None and not args.train_data_dir.is_dir():
+        parser.error(f"--train_data_dir {args.train_data_dir}: no such folder")
+    if args.resolution < 8 or args.resolution % 8:
+        parser.error(f"--resolution must be a multiple of 8: {max(8, args.resolution // 8 * 8)} would do")
+    if args.keep_float is not DEFAULT_KEEP_FLOAT and args.quantization_config is not None:
+        parser.error("--keep_float and --quantization_config both say which layers stay in float: give one")
+    if args.quantization_config is not None and not args.quantization_config.is_file():
+        parser.error(f"--quantization_config {args.quantization_config}: no such file")
+    for name, least in LEAST.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}")
+    if args.kd_weight + args.task_weight + args.feature_kd_weight == 0:
+        parser.error("--kd_weight, --task_weight and --feature_kd_weight must not all be zero")
+    if not 0 <= args.proportion_empty_prompts <= 1:
+        parser.error("--proportion_empty_prompts must lie between 0 and 1")
+    if args.mixed_precision == "fp16" and (args.use_cpu or not torch.cuda.is_available()):
+        parser.error("--mixed_precision fp16 needs a CUDA device; CPUs have bf16: use --mixed_precision bf16, or no")
+    if args.report_to == "wandb" and args.hub_token is not None:
+        parser.error("--hub_token would be shown in the wandb run: use `hf auth login` instead")
+    return args
+
+
+class UsageError(Exception):
+    """What the user gave cannot work; the message is one line that names it and the remedy. Exit code 2."""
+
+
+class TrainingError(Exception):
+    """The run cannot go on: a full disk, a loss that is not finite. Exit code 1."""
+
+
+# ---------------------------------------------------------------- start: threads, precision, logging
+
+
+def use_all_cores() -> None:
+    """Undo the OMP_NUM_THREADS=1 that `accelerate launch` and torchrun set on their own account.
+
+    The launcher's environment, unlike ours, still shows whether the user had set the variable.
+    """
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        return
+    try:
+        if "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ():
+            return
+    except (psutil.Error, OSError):
+        return
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def choose_precision(args: argparse.Namespace) -> str:
+    """The flag, else what `accelerate launch --mixed_precision` said, else bf16 where the hardware computes in it."""
+    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.mixed_precision is not None:
+        return args.mixed_precision
+    if launched_with != "no":
+        return launched_with
+    if torch.cuda.is_available() and not args.use_cpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+
+
+def choose_tracker(args: argparse.Namespace) -> str | None:
+    if args.report_to is None:
+        return "tensorboard" if importlib.util.find_spec("tensorboard") else None
+    if args.report_to == "none":
+        return None
+    if importlib.util.find_spec(args.report_to) is None:
+        raise UsageError(f"--report_to {args.report_to}: not installed; install it, or give --report_to none")
+    return args.report_to
+
+
+def start(args: argparse.Namespace) -> Accelerator:
+    """Threads, seed, logging and output folder; says what the run will use."""
+    use_all_cores()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("neural_compressor").setLevel(logging.ERROR)  # it sets its own level when imported
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    precision = choose_precision(args)
+    accelerator = Accelerator(
+        cpu=args.use_cpu,
+        mixed_precision=precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=choose_tracker(args),
+        project_config=ProjectConfiguration(
+            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
+        ),
+    )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        engine = accelerator.distributed_type.value
+        raise UsageError(f"accelerate is set up for {engine}; this script supports plain data parallelism only")
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise UsageError("fp16 does not work on CPUs: accelerate launch --mixed_precision bf16, or no")
+    torch.manual_seed(args.seed)
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)  # one process speaks for all
+    threads, processes = torch.get_num_threads(), accelerator.num_processes
+    logger.info(f"{accelerator.device}, {threads} threads, {processes} process(es), mixed precision {precision}")
+    return accelerator
+
+
+def generator_for(seed: int, *key: Any) -> torch.Generator:
+    """A generator that is a function of (seed, key), so that no random state has to survive a restart."""
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+# ---------------------------------------------------------------- the model
+
+
+@dataclass
+class Pipeline:
+    """The parts of a Stable Diffusion checkpoint; only the UNet learns."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    noise_scheduler: DDPMScheduler
+
+
+def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Pipeline:
+    """Load the parts one by one (the safety checker is not needed here).
+
+    Raises:
+        UsageError: the folder or id holds no Stable Diffusion 1.x/2.x text-to-image model.
+    """
+    name = args.pretrained_model_name_or_path
+    if name == "runwayml/stable-diffusion-v1-5" and not Path(name).is_dir():
+        name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        logger.info(f"runwayml/stable-diffusion-v1-5 has left the hub; using its copy {name}")
+    options = {"revision": args.revision, "cache_dir": args.cache_dir}
+    try:
+        index = DiffusionPipeline.load_config(name, **options)
+        if index.get("_class_name") != "StableDiffusionPipeline":
+            kind = index.get("_class_name")
+            raise UsageError(f"{name} is a {kind}; only StableDiffusionPipeline checkpoints (1.x, 2.x) are supported")
+        weights = {**options, "variant": args.variant}
+        pipeline = Pipeline(
+            tokenizer=CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options),
+            text_encoder=CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32, **weights),
+            vae=AutoencoderKL.from_pretrained(name, subfolder="vae", dtype=torch.float32, **weights),
+            unet=UNet2DConditionModel.from_pretrained(name, subfolder="unet", dtype=torch.float32, **weights),
+            noise_scheduler=DDPMScheduler.from_pretrained(name, subfolder="scheduler", **options),
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--pretrained_model_name_or_path {name}: {first_line(error)}") from error
+    if pipeline.noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise UsageError(f"{name}: unknown prediction type {pipeline.noise_scheduler.config.prediction_type}")
+    if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
+        channels = pipeline.unet.config.in_channels
+        raise UsageError(f"{name}: its UNet takes {channels} channels; only text-to-image models are supported")
+    pipeline.text_encoder.requires_grad_(False).to(accelerator.device)
+    pipeline.vae.requires_grad_(False).to(accelerator.device, memory_format=torch.channels_last)
+    return pipeline
+
+
+def split(unet: UNet2DConditionModel, accelerator: Accelerator) -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
+    """The teacher (a frozen copy in the precision of the run) and the student (fp32 master weights)."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[accelerator.mixed_precision]
+    teacher = copy.deepcopy(unet).requires_grad_(False).eval()
+    teacher.to(accelerator.device, dtype=dtype).to(memory_format=torch.channels_last)
+    student = unet.train().to(accelerator.device, memory_format=torch.channels_last)
+    return teacher, student
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+# ---------------------------------------------------------------- data
+
+
+def read_metadata(folder: Path, image_column: str, caption_column: str) -> list[tuple[str, str]]:
+    """(path, caption) of every row of the folder's metadata.jsonl or metadata.csv.
+
+    Raises:
+        UsageError: there is none, there are two, a column is missing, or a path leaves the folder.
+    """
+    found = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
+    if len(found) != 1:
+        problem = (
+            f"both {found[0].name} and {found[1].name} are there: delete one"
+            if found
+            else f"no metadata.jsonl: run python create_metadata.py --image_path '{folder}'"
+        )
+        raise UsageError(f"--train_data_dir {folder}: {problem}")
+    root, rows = os.path.normpath(folder), []
+    with open(found[0], encoding="utf-8-sig", newline="") as file:
+        lines = (
+            csv.DictReader(file) if found[0].suffix == ".csv" else (json.loads(line) for line in file if line.strip())
+        )
+        try:
+            for number, row in enumerate(lines, 1):
+                for column, flag in ((image_column, "--image_column"), (caption_column, "--caption_column")):
+                    if column not in row:
+                        raise UsageError(
+                            f"{found[0]}, row {number}: no {column!r} among {', '.join(map(str, row))}; see {flag}"
+                        )
+                path = os.path.normpath(os.path.join(root, row[image_column]))
+                if not path.startswith(root + os.sep) and root != ".":
+                    raise UsageError(f"{found[0]}, row {number}: {row[image_column]} lies outside the folder")
+                rows.append((path, "" if row[caption_column] is None else str(row[caption_column])))
+        except (ValueError, TypeError, UnicodeDecodeError, csv.Error) as error:
+            raise UsageError(
+                f"{found[0]}: {first_line(error)}; write it again with create_metadata.py --overwrite"
+            ) from error
+    if not rows:
+        raise UsageError(f"{found[0]} has no rows: run create_metadata.py --image_path '{folder}' --overwrite")
+    return rows
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB as a viewer shows it: turned as its EXIF says, 16-bit grey rescaled, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        levels = np.asarray(image, dtype=np.float32)
+        image = Image.fromarray(
+            (levels / max(255.0, 65535.0 if levels.max() > 255 else 255.0) * 255).clip(0, 255).astype(np.uint8)
+        )
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class CaptionedImages(Dataset):
+    """Pairs as tensors: pixel_values [3, H, W] in -1..1, input_ids [77].
+
+    A key is (epoch, row); crop, flip and emptied caption are functions of it and the seed.
+    """
+
+    def __init__(self, rows: Any, tokenizer: CLIPTokenizer, args: argparse.Namespace) -> None:
+        self.rows, self.tokenizer = rows, tokenizer
+        self.columns = (args.image_column or "image", args.caption_column)
+        self.resolution, self.center_crop, self.random_flip = args.resolution, args.center_crop, args.random_flip
+        self.proportion_empty_prompts, self.seed = args.proportion_empty_prompts, args.seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image_and_caption(self, row: int) -> tuple[Image.Image, str]:
+        pair = self.rows[row]
+        if isinstance(pair, tuple):
+            with Image.open(pair[0]) as image:
+                return to_rgb(image), pair[1]
+        return to_rgb(pair[self.columns[0]]), self.caption(row)
+
+    def caption(self, row: int) -> str:
+        pair = self.rows[row]
+        caption = pair[1] if isinstance(pair, tuple) else pair[self.columns[1]]
+        caption = caption[0] if isinstance(caption, (list, tuple)) and caption else caption
+        return caption if isinstance(caption, str) else ""
+
+    def tokenize(self, captions: list[str]) -> torch.Tensor:
+        length = self.tokenizer.model_max_length
+        return self.tokenizer(
+            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, row = key
+        draws = torch.rand(5, generator=generator_for(self.seed, "sample", epoch, row)).tolist()
+        replaced = 0
+        while True:
+            try:
+                image, caption = self.image_and_caption(row)
+                break
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                replaced += 1  # a broken picture costs one sample, not the run
+                if replaced > 20:
+                    raise UsageError(
+                        f"20 unreadable pictures in a row, the last: {first_line(error)}; run create_metadata.py"
+                    ) from error
+                row = int(draws[4] * len(self.rows) + replaced * 7919) % len(self.rows)
+        pixels = crop_to_square(image, self.resolution, (0.5, 0.5) if self.center_crop else (draws[0], draws[1]))
+        if self.random_flip and draws[2] < 0.5:
+            pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        caption = "" if draws[3] < self.proportion_empty_prompts else caption
+        pixel_values = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1.0
+        return {
+            "pixel_values": pixel_values,
+            "input_ids": self.tokenize([caption])[0],
+            "replaced": torch.tensor(replaced),
+        }
+
+
+def crop_to_square(image: Image.Image, size: int, position: tuple[float, float]) -> Image.Image:
+    """Scale the shorter edge to `size` and cut a square at `position` (0..1 of the room there is)."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(edge * scale)) for edge in image.size)
+    left, top = (round((edge - size) * at) for edge, at in zip((width, height), position))
+    box = (left / scale, top / scale, min(image.width, (left + size) / scale), min(image.height, (top + size) / scale))
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+
+
+def load_dataset(args: argparse.Namespace, pipeline: Pipeline) -> CaptionedImages:
+    if args.train_data_dir is not None:
+        rows = read_metadata(args.train_data_dir, args.image_column or "file_name", args.caption_column)
+        rows = rows[: args.max_train_samples]
+    else:
+        import datasets  # only here: a folder needs none of it
+
+        try:
+            splits = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--dataset_name {args.dataset_name}: {first_line(error)}") from error
+        if "train" not in splits and len(splits) > 1:
+            raise UsageError(f"--dataset_name {args.dataset_name} has no split train, only {', '.join(splits)}")
+        rows = splits["train"] if "train" in splits else next(iter(splits.values()))
+        for flag, column in (("image", args.image_column or "image"), ("caption", args.caption_column)):
+            if column not in rows.column_names:
+                raise UsageError(f"--{flag}_column {column} is none of {', '.join(rows.column_names)}")
+        rows = rows.select(range(min(len(rows), args.max_train_samples or len(rows))))
+    logger.info(f"{len(rows)} captioned pictures")
+    return CaptionedImages(rows, pipeline.tokenizer, args)
+
+
+class MicroBatches(Sampler):
+    """Keys (epoch, row) of every micro-batch of one process, epochs joined end to end.
+
+    Micro-batch m of the run holds samples m*B .. m*B+B-1 of that stream, whichever process works on it:
+    the order depends on the seed alone, and a resumed run starts anywhere without skipping through data.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, numbers: range) -> None:
+        self.rows, self.batch_size, self.seed, self.numbers = rows, batch_size, seed, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        orders: dict[int, list[int]] = {}
+        for number in self.numbers:
+            keys = []
+            for position in range(number * self.batch_size, (number + 1) * self.batch_size):
+                epoch, at = divmod(position, self.rows)
+                if epoch not in orders:
+                    orders = {key: value for key, value in orders.items() if key == epoch - 1}
+                    orders[epoch] = torch.randperm(
+                        self.rows, generator=generator_for(self.seed, "order", epoch)
+                    ).tolist()
+                keys.append((epoch, orders[epoch][at]))
+            yield keys
+
+
+# ---------------------------------------------------------------- quantization
+#
+# The convention, written once:
+#   weights      int8, symmetric, one scale per output channel: q = round(w / scale), scale = absmax / 127
+#   activations  uint8, affine, one scale per tensor: q = clamp(round(x / scale) + zero_point, 0, 255)
+# A value is worth (q - zero_point) * scale. Outputs are not quantized.
+
+
+def weight_scales(weight: torch.Tensor) -> torch.Tensor:
+    """One fp32 scale per output channel, [out]; nothing clips, as the scale follows the current weight."""
+    return weight.detach().float().flatten(1).abs().amax(dim=1).clamp(min=1e-8) / 127
+
+
+def per_channel(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[out] -> [out, 1, ...], to broadcast over `weight`."""
+    return scale.view(-1, *[1] * (weight.dim() - 1))
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 weight [out, ...] and its scales [out]."""
+    scale = weight_scales(weight)
+    return torch.round(weight.detach().float() / per_channel(scale, weight)).to(torch.int8), scale
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What the following layer computes in: autocast's dtype where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class FakeQuantizeWeight(torch.autograd.Function):
+    """Round to the int8 grid and back; the gradient passes straight through (arXiv 1308.3432), as nothing clips."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        scale = per_channel(weight_scales(weight), weight)
+        return (torch.round(weight.float() / scale) * scale).to(compute_dtype(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+class FakeQuantizeActivation(torch.autograd.Function):
+    """Round to the uint8 grid and back, with a learned step size (LSQ, arXiv 1902.08153, equations 2 to 5).
+
+    The step is learned as its logarithm, so that an optimizer step changes it by a ratio.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, log_scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, log_scale, zero_point)
+        scale = log_scale.exp()
+        levels = torch.clamp(torch.round(x.float() / scale) + zero_point, 0, 255)
+        return ((levels - zero_point) * scale).to(compute_dtype(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        x, log_scale, zero_point = ctx.saved_tensors
+        scale = log_scale.exp()
+        levels = torch.round(x.float() / scale) + zero_point
+        inside = (levels >= 0) & (levels <= 255)
+        grad_log_scale = None
+        if ctx.needs_input_grad[1]:
+            # d(quantized) / d(log scale): the rounding error inside the range, the clipped value outside of it
+            quantized = (levels.clamp(0, 255) - zero_point) * scale
+            slope = torch.where(inside, quantized - x.float(), quantized)
+            grad_log_scale = (grad.float() * slope).sum() / math.sqrt(x.numel() * 255)
+        return (grad * inside).to(x.dtype), grad_log_scale, None
+
+
+class InputQuantizer(nn.Module):
+    """The quantizer of one input tensor; layers that read the same tensor share one.
+
+    A forward pass changes its state in mode "observe" only, so gradient checkpointing, which runs
+    the forward pass twice, trains the same model as without it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode = "float"  # float: pass through; observe: also widen the range; quantize
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+        self.register_buffer("low", torch.zeros(()), persistent=False)  # the range holds 0, as padding needs it
+        self.register_buffer("high", torch.zeros(()), persistent=False)
+
+    @torch.no_grad()
+    def observe(self, x: torch.Tensor) -> None:
+        """Widen the range to hold `x`; a batch with a non-finite value is left out of it."""
+        low, high = torch.aminmax(x.detach().float())
+        if torch.isfinite(high - low):
+            self.low.copy_(torch.minimum(self.low, low))
+            self.high.copy_(torch.maximum(self.high, high))
+
+    @torch.no_grad()
+    def freeze_range(self) -> None:
+        """Turn the observed range into scale and zero point."""
+        scale = (self.high - self.low).clamp(min=1e-8) / 255
+        self.log_scale.copy_(scale.log())
+        self.zero_point.copy_(torch.round(-self.low / scale).clamp(0, 255))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mode == "observe":
+            self.observe(x)
+        return FakeQuantizeActivation.apply(x, self.log_scale, self.zero_point) if self.mode == "quantize" else x
+
+
+class FakeInt8Linear(nn.Linear):
+    """A Linear that computes what its int8 twin will, in float, with gradients."""
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear) -> FakeInt8Linear:
+        fake = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        fake.weight, fake.bias, fake.input_quantizer = (
+            layer.weight,
+            layer.bias,
+            InputQuantizer().to(layer.weight.device),
+        )
+        return fake
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.input_quantizer(x)
+        weight = FakeQuantizeWeight.apply(self.weight) if self.input_quantizer.mode == "quantize" else self.weight
+        return F.linear(x, weight, self.bias)
+
+
+class FakeInt8Conv2d(nn.Conv2d):
+    """A Conv2d that computes what its int8 twin will, in float, with gradients."""
+
+    @classmethod
+    def from_float(cls, layer: nn.Conv2d) -> FakeInt8Conv2d:
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            raise UsageError(f"a convolution pads by {layer.padding_mode}, {layer.padding}: --keep_float it")
+        shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        fake = cls(*shape, layer.groups, layer.bias is not None, device="meta")
+        fake.weight, fake.bias, fake.input_quantizer = (
+            layer.weight,
+            layer.bias,
+            InputQuantizer().to(layer.weight.device),
+        )
+        return fake
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.input_quantizer(x)
+        weight = FakeQuantizeWeight.apply(self.weight) if self.input_quantizer.mode == "quantize" else self.weight
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Int8Weights(nn.Module):
+    """What is kept of a converted layer: weight int8, weight_scale [out], input_scale [], input_zero_point [], bias.
+
+    It computes nothing: text2images.py builds the int8 layer that runs from these tensors.
+    """
+
+    @classmethod
+    def from_fake(cls, layer: FakeInt8Linear | FakeInt8Conv2d) -> Int8Weights:
+        stored = cls()
+        weight, weight_scale = quantize_weight(layer.weight)
+        tensors = {
+            "weight": weight,
+            "weight_scale": weight_scale,
+            "input_scale": layer.input_quantizer.log_scale.detach().exp(),
+            "input_zero_point": layer.input_quantizer.zero_point.clone(),
+            "bias": None if layer.bias is None else layer.bias.detach(),
+        }
+        for name, tensor in tensors.items():
+            stored.register_buffer(name, tensor)
+        return stored
+
+
+FAKE_INT8 = {"Linear": FakeInt8Linear, "Conv2d": FakeInt8Conv2d}
+
+
+def swap(unet: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(unet.get_submodule(parent), child, layer)
+
+
+def share_input_quantizers(unet: nn.Module) -> None:
+    """Self-attention's q, k and v read one tensor, cross-attention's k and v another: one range for each."""
+    for attention in unet.modules():
+        if not hasattr(attention, "to_q"):
+            continue
+        readers = [attention.to_k, attention.to_v] + ([] if attention.is_cross_attention else [attention.to_q])
+        fakes = [layer for layer in readers if hasattr(layer, "input_quantizer")]
+        for layer in fakes[1:]:
+            layer.input_quantizer = fakes[0].input_quantizer
+
+
+def input_quantizers(unet: nn.Module) -> list[InputQuantizer]:
+    return [module for module in unet.modules() if isinstance(module, InputQuantizer)]
+
+
+def set_mode(unet: nn.Module, mode: str) -> None:
+    for quantizer in input_quantizers(unet):
+        quantizer.mode = mode
+
+
+# ---------------------------------------------------------------- the recipe: an Intel Neural Compressor configuration
+
+
+@register_config(framework_name="torch", algo_name="sd_unet_int8")
+class Int8Config(TorchBaseConfig):
+    """Which layer gets which dtype.
+
+    `set_local(pattern, KEEP_FLOAT)` keeps layers in float. A pattern is matched from the start of a
+    layer's name (re.match); of several that match, the last one counts.
+    """
+
+    name = "sd_unet_int8"
+
+    def __init__(
+        self, w_dtype: str = "int8", act_dtype: str = "uint8", white_list: Any = DEFAULT_WHITE_LIST, **kwargs: Any
+    ) -> None:
+        super().__init__(white_list)
+        if (w_dtype, act_dtype) not in (("int8", "uint8"), ("fp32", "fp32")):
+            raise ValueError(f"w_dtype={w_dtype}, act_dtype={act_dtype}: use int8 and uint8, or fp32 and fp32")
+        self.w_dtype, self.act_dtype = w_dtype, act_dtype
+        self._post_init()
+
+    def get_params_dict(self) -> dict[str, str]:
+        return {"w_dtype": self.w_dtype, "act_dtype": self.act_dtype}
+
+    def get_model_info(self, model: nn.Module, example_inputs: Any = None) -> list[tuple[str, str]]:
+        kinds = (nn.Linear, nn.Conv2d)
+        return [(name, type(layer).__name__) for name, layer in model.named_modules() if isinstance(layer, kinds)]
+
+    @classmethod
+    def register_supported_configs(cls) -> None:
+        """Nothing to add: tuning over variants is not offered."""
+
+    @classmethod
+    def get_config_set_for_tuning(cls) -> list[Int8Config]:
+        return [cls()]
+
+
+KEEP_FLOAT = Int8Config(w_dtype="fp32", act_dtype="fp32")
+
+
+@register_algo("sd_unet_int8")
+def int8_algorithm(unet: nn.Module, configs_mapping: dict, mode: Mode, **kwargs: Any) -> nn.Module:
+    """PREPARE makes float layers fake-int8 ones; CONVERT makes those int8 tensors, and layers kept in float fp16."""
+    int8 = {name: kind for (name, kind), config in configs_mapping.items() if config.w_dtype == "int8"}
+    if mode == Mode.PREPARE:
+        for name, kind in int8.items():
+            swap(unet, name, FAKE_INT8[kind].from_float(unet.get_submodule(name)))
+        share_input_quantizers(unet)
+        return unet
+    for name, _ in configs_mapping:
+        layer = unet.get_submodule(name)
+        if name in int8:
+            swap(unet, name, Int8Weights.from_fake(layer))
+        elif layer.weight.abs().max() < torch.finfo(torch.float16).max:  # bf16 is as small and 8 times coarser
+            layer.weight = nn.Parameter(layer.weight.detach().half(), requires_grad=False)
+    return unet
+
+
+def recipe(args: argparse.Namespace, unet: UNet2DConditionModel) -> Int8Config:
+    """The configuration that the flags ask for.
+
+    Raises:
+        UsageError: a pattern of the user's matches no layer, or nothing is left to quantize.
+    """
+    default = args.keep_float is DEFAULT_KEEP_FLOAT and args.quantization_config is None
+    if args.quantization_config is not None:
+        try:
+            config = Int8Config.from_dict(json.loads(args.quantization_config.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"--quantization_config {args.quantization_config}: {first_line(error)}") from error
+    else:
+        config = Int8Config()
+        for pattern in args.keep_float:
+            config.set_local(pattern, KEEP_FLOAT)
+    layers = config.get_model_info(unet)
+    for pattern in config.local_config:
+        try:
+            matches = sum(re.match(pattern, name) is not None for name, _ in layers)
+        except re.error as error:
+            raise UsageError(f"layer pattern {pattern!r} is no regular expression: {error}") from error
+        if not matches and not default:  # a UNet may lack a kind of layer, but a typing error should not pass
+            raise UsageError(f"layer pattern {pattern!r} matches none of the UNet's layers, such as {layers[-1][0]}")
+    mapping = config.to_config_mapping(model_info=layers)
+    int8 = sum(layer.w_dtype == "int8" for layer in mapping.values())
+    if not int8:
+        raise UsageError("every layer is kept in float: there is nothing to quantize")
+    logger.info(f"{int8} of {len(layers)} Linear and Conv2d layers in int8, {len(layers) - int8} kept in float")
+    return config
+
+
+# ---------------------------------------------------------------- calibration
+
+
+@torch.no_grad()
+def calibrate(
+    student: UNet2DConditionModel,
+    pipeline: Pipeline,
+    dataset: CaptionedImages,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+) -> None:
+    """Set every activation range to the least and greatest value met while whole pictures are painted.
+
+    The still unquantized student paints captions of the data, with guidance, so both its branches are
+    seen at all timesteps. Processes share the pictures, and the widest range counts for all of them.
+    """
+    began = time.monotonic()
+    scheduler = DDIMScheduler.from_config(pipeline.noise_scheduler.config)
+    edge = args.resolution // 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    batches = math.ceil(args.calibration_steps / CALIBRATION_PICTURE_STEPS)
+    set_mode(student, "observe")
+    for batch in range(accelerator.process_index, batches, accelerator.num_processes):
+        generator = generator_for(args.seed, "calibration", batch)
+        rows = torch.randint(len(dataset), (args.train_batch_size,), generator=generator).tolist()
+        input_ids = dataset.tokenize([""] * len(rows) + [dataset.caption(row) for row in rows])
+        encoder_hidden_states = pipeline.text_encoder(input_ids.to(accelerator.device))[0]  # [2B, 77, D]
+        latents = torch.randn((len(rows), student.config.in_channels, edge, edge), generator=generator)
+        latents = latents.to(accelerator.device) * scheduler.init_noise_sigma
+        scheduler.set_timesteps(
+            min(CALIBRATION_PICTURE_STEPS, args.calibration_steps - batch * CALIBRATION_PICTURE_STEPS)
+        )
+        for timestep in scheduler.timesteps:
+            noisy_latents = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
+            with accelerator.autocast():
+                output = student(noisy_latents, timestep, encoder_hidden_states).sample.float()
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + CALIBRATION_GUIDANCE * (conditional - unconditional)
+            latents = scheduler.step(output, timestep, latents).prev_sample
+    for quantizer in input_quantizers(student):
+        if accelerator.num_processes > 1:
+            torch.distributed.all_reduce(quantizer.low, op=torch.distributed.ReduceOp.MIN)
+            torch.distributed.all_reduce(quantizer.high, op=torch.distributed.ReduceOp.MAX)
+        quantizer.freeze_range()
+    logger.info(f"calibrated {len(input_quantizers(student))} activation ranges in {time.monotonic() - began:.0f} s")
+
+
+# ---------------------------------------------------------------- losses
+
+
+class BlockOutputs:
+    """The outputs of a UNet's down, mid and up blocks in its latest forward pass; `with` removes the hooks."""
+
+    def __init__(self, unet: UNet2DConditionModel, enabled: bool) -> None:
+        self.outputs: list[torch.Tensor] = []
+        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks] if enabled else []
+        self.hooks = [block.register_forward_hook(self.keep) for block in blocks]
+
+    def keep(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        self.outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    def take(self) -> list[torch.Tensor]:
+        outputs, self.outputs = self.outputs, []
+        return outputs
+
+    def __enter__(self) -> BlockOutputs:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def training_target(
+    scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the model is to predict, by the checkpoint's own prediction type; [B, 4, H/8, W/8]."""
+    kind = scheduler.config.prediction_type
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    return {"epsilon": noise, "sample": latents}[kind]
+
+
+def task_loss(
+    output: torch.Tensor, target: torch.Tensor, scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float | None
+) -> torch.Tensor:
+    """Denoising error, weighted by min-SNR (arXiv 2303.09556, section 3.4) where a gamma is given."""
+    error = (output - target).square().mean(dim=(1, 2, 3))
+    if gamma is not None:
+        snr = compute_snr(scheduler, timesteps)
+        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+        error = error * snr.clamp(max=gamma) / divisor[scheduler.config.prediction_type].clamp(min=1e-8)
+    return error.mean()
+
+
+def encode_pictures(vae: AutoencoderKL, pixel_values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A sample of each picture's latents, [B, 3, H, W] -> [B, 4, H/8, W/8]."""
+    posterior = vae.encode(pixel_values.contiguous(memory_format=torch.channels_last)).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean.device)
+    return (posterior.mean + posterior.std * noise).float() * vae.config.scaling_factor
+
+
+# ---------------------------------------------------------------- the training loop
+
+
+@dataclass
+class Trainer:
+    """Everything that changes while training, and so everything that a checkpoint holds."""
+
+    student: UNet2DConditionModel
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+    step: int = 0
+
+    def parts(self) -> dict[str, Any]:
+        names = ("student", "optimizer", "lr_scheduler", "ema")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def save(self, path: Path) -> None:
+        torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts().items()}}, path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+
+    @contextlib.contextmanager
+    def exported_weights(self) -> Iterator[UNet2DConditionModel]:
+        """The student with the weights that will be saved: the averaged ones where there is an EMA."""
+        if self.ema is not None:
+            self.ema.store(self.student.parameters())
+            self.ema.copy_to(self.student.parameters())
+        yield self.student
+        if self.ema is not None:
+            self.ema.restore(self.student.parameters())
+
+
+def total_steps(args: argparse.Namespace, rows: int, accelerator: Accelerator) -> int:
+    if args.max_train_steps is not None:
+        return args.max_train_steps
+    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    return args.num_train_epochs * math.ceil(rows / batch)
+
+
+def make_trainer(
+    student: UNet2DConditionModel, steps: int, accelerator: Accelerator, args: argparse.Namespace
+) -> Trainer:
+    """AdamW over two groups: the weights, and the logarithms of the activation scales."""
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    scales = [quantizer.log_scale for quantizer in input_quantizers(student)]
+    scale_ids = {id(log_scale) for log_scale in scales}
+    groups = [
+        {"params": [weight for weight in student.parameters() if id(weight) not in scale_ids], "lr": learning_rate}
+    ]
+    if args.quantizer_learning_rate > 0:
+        groups.append({"params": scales, "lr": args.quantizer_learning_rate, "weight_decay": 0.0})
+    else:
+        for log_scale in scales:
+            log_scale.requires_grad_(False)
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.AdamW(
+        groups, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True
+    )
+    lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max(1, steps)}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
+    ema = EMAModel(student.parameters(), foreach=True) if args.use_ema and steps > 0 else None
+    return Trainer(student, optimizer, lr_scheduler, ema)
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: the loop ends after the step, with a checkpoint; a second one ends the process at once."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self.signal = accelerator, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame: Any) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def received(self) -> int:
+        """The signal that any process got: all of them must leave the loop at the same step."""
+        if self.accelerator.num_processes > 1:
+            told = torch.tensor(self.signal, device=self.accelerator.device)
+            torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+            self.signal = int(told)
+        return self.signal
+
+
+class Watch:
+    """Counts what went wrong, and stops the run when too much did; averages the losses of a step's micro-batches."""
+
+    def __init__(self) -> None:
+        self.samples = self.replaced = self.bad_steps = self.bad_in_a_row = 0
+        self.losses: list[dict[str, float]] = []
+
+    def note(self, losses: dict[str, torch.Tensor], replaced: torch.Tensor) -> None:
+        self.losses.append({name: loss.item() for name, loss in losses.items()})
+        self.samples += len(replaced)
+        self.replaced += int((replaced > 0).sum())
+        if self.samples >= 40 and self.replaced > MAX_BAD_SHARE * self.samples:
+            message = f"{self.replaced} of {self.samples} pictures could not be read"
+            raise UsageError(f"{message}: run create_metadata.py --overwrite, which leaves such pictures out")
+
+    def is_finite(self, gradient_norm: torch.Tensor) -> bool:
+        """Whether the step may be taken; a gradient that is not finite costs the step, several in a row the run."""
+        finite = bool(torch.isfinite(gradient_norm))
+        self.bad_steps += not finite
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        if self.bad_in_a_row >= MAX_BAD_STEPS:
+            raise TrainingError(
+                f"{MAX_BAD_STEPS} non-finite losses in a row: lower --learning_rate or look at the data"
+            )
+        return finite
+
+    def take_losses(self) -> dict[str, float]:
+        losses, self.losses = self.losses, []
+        return {name: sum(loss[name] for loss in losses) / len(losses) for name in losses[0]}
+
+
+def distill(
+    trainer: Trainer,
+    teacher: UNet2DConditionModel,
+    pipeline: Pipeline,
+    dataset: CaptionedImages,
+    steps: int,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Train up to optimizer step `steps`; returns the mean losses of the last one."""
+    scheduler, device = pipeline.noise_scheduler, accelerator.device
+    world = accelerator.num_processes
+    per_step = args.gradient_accumulation_steps * world
+    numbers = range(trainer.step * per_step + accelerator.process_index, steps * per_step, world)
+    sampler = MicroBatches(len(dataset), args.train_batch_size, args.seed, numbers)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
+    model, optimizer = accelerator.prepare(trainer.student, trainer.optimizer)
+    features, losses = args.feature_kd_weight > 0, {}
+    watch, stop = Watch(), StopRequest(accelerator)
+    progress = tqdm(total=steps, initial=trainer.step, desc="distill", disable=not accelerator.is_main_process)
+    with BlockOutputs(teacher, features) as teacher_blocks, BlockOutputs(trainer.student, features) as student_blocks:
+        for number, batch in zip(numbers, loader):
+            with accelerator.accumulate(model):
+                generator = generator_for(args.seed, "noise", number)
+                with torch.no_grad(), accelerator.autocast():
+                    latents = encode_pictures(pipeline.vae, batch["pixel_values"].to(device), generator)
+                    encoder_hidden_states = pipeline.text_encoder(batch["input_ids"].to(device))[0]  # [B, 77, D]
+                noise = torch.randn(latents.shape, generator=generator).to(device)
+                timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+                timesteps = timesteps.to(device)
+                noisy_latents = scheduler.add_noise(latents, noise, timesteps)  # [B, 4, H/8, W/8]
+                with torch.no_grad(), accelerator.autocast():
+                    teacher_output = teacher(noisy_latents, timesteps, encoder_hidden_states).sample.float()
+                with accelerator.autocast():
+                    student_output = model(noisy_latents, timesteps, encoder_hidden_states).sample.float()
+                target = training_target(scheduler, latents, noise, timesteps)
+                pairs = zip(student_blocks.take(), teacher_blocks.take())
+                parts = {
+                    "kd_loss": F.mse_loss(student_output, teacher_output),
+                    "task_loss": task_loss(student_output, target, scheduler, timesteps, args.snr_gamma),
+                }
+                loss = args.kd_weight * parts["kd_loss"] + args.task_weight * parts["task_loss"]
+                if features:
+                    distances = [F.mse_loss(ours.float(), theirs.float()) for ours, theirs in pairs]
+                    parts["feature_kd_loss"] = torch.stack(distances).mean()
+                    loss = loss + args.feature_kd_weight * parts["feature_kd_loss"]
+                accelerator.backward(loss)
+                watch.note({**parts, "loss": loss}, batch["replaced"])
+                if not accelerator.sync_gradients:
+                    continue
+                gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                if watch.is_finite(gradient_norm) or accelerator.scaler is not None:  # a scaler skips by itself
+                    optimizer.step()
+                    if trainer.ema is not None:
+                        trainer.ema.step(trainer.student.parameters())
+                optimizer.zero_grad()
+                trainer.lr_scheduler.step()
+                trainer.step += 1
+                losses = watch.take_losses()
+            progress.update()
+            progress.set_postfix({name: f"{value:.2e}" for name, value in losses.items()})
+            after_step(trainer, teacher, pipeline, losses, steps, stop, accelerator, args)
+    progress.close()
+    if watch.replaced or watch.bad_steps:
+        logger.warning(f"{watch.replaced} unreadable pictures replaced, {watch.bad_steps} non-finite steps left out")
+    return losses
+
+
+def after_step(
+    trainer: Trainer,
+    teacher: UNet2DConditionModel,
+    pipeline: Pipeline,
+    losses: dict[str, float],
+    steps: int,
+    stop: StopRequest,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+) -> None:
+    """Log, validate and checkpoint where it is time to; leave the program if it was told to stop."""
+    told = stop.received()
+    last = trainer.step == steps
+    accelerator.log({**losses, "lr": trainer.lr_scheduler.get_last_lr()[0]}, step=trainer.step)
+    if accelerator.is_main_process:
+        if args.validation_prompts and (last or trainer.step % args.validation_steps == 0):
+            validate(trainer, teacher, pipeline, accelerator, args)
+        if told or trainer.step % args.checkpointing_steps == 0:
+            save_checkpoint(trainer, args)
+    accelerator.wait_for_everyone()
+    if told and not last:
+        logger.info(
+            f"stopped by {signal.Signals(told).name} at step {trainer.step}: --resume_from_checkpoint latest goes on"
+        )
+        accelerator.end_training()
+        sys.exit(128 + told)
+
+
+def save_checkpoint(trainer: Trainer, args: argparse.Namespace) -> None:
+    """Write OUTPUT_DIR/checkpoint-STEP under a temporary name and rename it; then delete the oldest ones."""
+    folder = args.output_dir / f"checkpoint-{trainer.step}"
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        trainer.save(partial / "state.pt")
+        settings = {key: str(value) for key, value in vars(args).items() if key in RESUME_SETTINGS}
+        (partial / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        for file in partial.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(
+            f"{folder} could not be written ({first_line(error)}); earlier checkpoints are kept"
+        ) from error
+    for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+        shutil.rmtree(old)
+
+
+# Settings that the rest of a run depends on: with another value, a resumed run would not be the same run.
+RESUME_SETTINGS = (
+    "pretrained_model_name_or_path train_data_dir dataset_name max_train_samples resolution center_crop random_flip "
+    "proportion_empty_prompts keep_float quantization_config kd_weight task_weight feature_kd_weight snr_gamma "
+    "train_batch_size gradient_accumulation_steps learning_rate quantizer_learning_rate lr_scheduler lr_warmup_steps "
+    "max_grad_norm use_ema seed"
+).split()
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; an unfinished one has another name."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
+    complete = [(int(match[1]), path) for match, path in found if match and (path / "state.pt").is_file()]
+    return [path for _, path in sorted(complete)]
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from, if any.
+
+    Raises:
+        UsageError: the path is no checkpoint, or the run that wrote it had other settings.
+    """
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        found = checkpoints(args.output_dir)
+        if not found:
+            logger.info(f"no checkpoint in {args.output_dir}: starting from the beginning")
+            return None
+        folder = found[-1]
+    else:
+        folder = Path(args.resume_from_checkpoint)
+        if not (folder / "state.pt").is_file():
+            raise UsageError(
+                f"--resume_from_checkpoint {folder}: no state.pt there; name a checkpoint-N folder, or latest"
+            )
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    changed = [
+        f"{key} (then {settings[key]}, now {vars(args)[key]})"
+        for key in settings
+        if str(vars(args)[key]) != settings[key]
+    ]
+    if changed:
+        raise UsageError(f"{folder} was written with other settings: {', '.join(changed)}; use the same, or start anew")
+    logger.info(f"resuming from {folder}")
+    return folder
+
+
+@torch.no_grad()
+def validate(
+    trainer: Trainer,
+    teacher: UNet2DConditionModel,
+    pipeline: Pipeline,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+) -> None:
+    """Paint every validation prompt with teacher and student, from the same noise, side by side in one picture."""
+    folder = args.output_dir / "validation"
+    folder.mkdir(exist_ok=True)
+    with trainer.exported_weights() as student:
+        pictures = []
+        for unet in (teacher, student.eval()):
+            painter = StableDiffusionPipeline(
+                vae=pipeline.vae,
+                text_encoder=pipeline.text_encoder,
+                tokenizer=pipeline.tokenizer,
+                unet=unet,
+                scheduler=DDIMScheduler.from_config(pipeline.noise_scheduler.config),
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+            painter.set_progress_bar_config(disable=True)
+            generators = [
+                generator_for(args.seed, "validation", index) for index in range(len(args.validation_prompts))
+            ]
+            size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 30, "output_type": "np"}
+            with accelerator.autocast():
+                pictures.append(painter(args.validation_prompts, generator=generators, **size).images)
+        student.train()
+    for index, pair in enumerate(zip(*pictures)):
+        side_by_side = Image.fromarray((np.concatenate(pair, axis=1) * 255).round().astype(np.uint8))
+        path = folder / f"step-{trainer.step:06d}-prompt-{index}.png"
+        side_by_side.save(f"{path}.partial", format="PNG")
+        os.replace(f"{path}.partial", path)
+        for tracker in accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            if hasattr(tracker, "log_images"):
+                images = {f"teacher | student {index}": np.asarray(side_by_side)[None]}
+                tracker.log_images(images, step=trainer.step, **layout)
+
+
+# ---------------------------------------------------------------- saving
+
+
+def checksum(state_dict: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_int8(trainer: Trainer, config: Int8Config, losses: dict[str, float], args: argparse.Namespace) -> Path:
+    """Convert the student and write quant_model.pt, a plain dict that loads without running code (see README)."""
+    student = trainer.student.to("cpu", memory_format=torch.contiguous_format)
+    fp32_bytes = sum(4 * parameter.numel() for name, parameter in student.named_parameters() if "log_scale" not in name)
+    if trainer.ema is not None:
+        trainer.ema.to("cpu")
+        trainer.ema.copy_to(student.parameters())
+    unet_config = {key: value for key, value in student.config.items() if not key.startswith("_")}
+    state_dict = {name: tensor.contiguous() for name, tensor in convert(student).state_dict().items()}
+    modules = (torch, diffusers, transformers, accelerate)
+    settings = (
+        "calibration_steps",
+        "kd_weight",
+        "task_weight",
+        "feature_kd_weight",
+        "learning_rate",
+        "use_ema",
+        "seed",
+    )
+    payload = {
+        "format": "sd-unet-int8",
+        "format_version": 1,
+        "unet_config": unet_config,
+        "base_model": args.pretrained_model_name_or_path,
+        "quantization": config.to_dict(),
+        "versions": {module.__name__: module.__version__.split("+")[0] for module in modules},
+        "training": {"steps": trainer.step, "losses": losses, **{key: getattr(args, key) for key in settings}},
+        "checksum": checksum(state_dict),
+        "state_dict": state_dict,
+    }
+    path = args.output_dir / "quant_model.pt"
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise TrainingError(
+            f"{path} could not be written ({first_line(error)}); the last checkpoint is kept"
+        ) from error
+    size = path.stat().st_size
+    logger.info(f"wrote {path}: {size / 1e6:.1f} MB, {size / fp32_bytes:.3f} of the fp32 UNet")
+    logger.info(f"next: python text2images.py -m {args.pretrained_model_name_or_path} -qm {path} -c 'a caption'")
+    return path
+
+
+def push_to_hub(args: argparse.Namespace) -> None:
+    from huggingface_hub import create_repo, upload_folder
+
+    repo_id = create_repo(
+        args.hub_model_id or args.output_dir.resolve().name, exist_ok=True, token=args.hub_token
+    ).repo_id
+    patterns = ["quant_model.pt", "validation/*.png"]
+    upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=patterns, token=args.hub_token)
+    logger.info(f"pushed to {repo_id}")
+
+
+# ---------------------------------------------------------------- the flow
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    accelerator = start(args)  # threads, precision, logging, output folder
+    pipeline = load_pipeline(args, accelerator)  # tokenizer, text encoder, VAE, UNet, scheduler
+    dataset = load_dataset(args, pipeline)  # metadata.jsonl -> pixel_values [B, 3, H, W], input_ids [B, 77]
+    steps = total_steps(args, len(dataset), accelerator)
+    checkpoint = find_checkpoint(args)
+    teacher, student = split(pipeline.unet, accelerator)  # a frozen copy, and the UNet that learns
+    config = recipe(args, student)  # which layer gets which dtype
+    student = prepare(student, config)  # float layers -> fake-int8 twins
+    if checkpoint is None:
+        calibrate(student, pipeline, dataset, accelerator, args)  # activation ranges
+    set_mode(student, "quantize")
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    trainer = make_trainer(student, steps, accelerator, args)  # optimizer, schedule, EMA
+    if checkpoint is not None:
+        trainer.load(checkpoint / "state.pt")
+    accelerator.init_trackers("text-to-image-qat")
+    losses = distill(trainer, teacher, pipeline, dataset, steps, accelerator, args)  # the training loop
+    if accelerator.is_main_process:
+        save_int8(trainer, config, losses, args)  # convert -> quant_model.pt
+        if args.push_to_hub:
+            push_to_hub(args)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UsageError, TrainingError) as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
