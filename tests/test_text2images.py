@@ -1,0 +1,359 @@
+"""text2images.py: int8 layers against integers, the file against what may be wrong with it, names, seeds, reports."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import text2images
+import train_text_to_image_qat as trainer
+from conftest import SIZE, run_command
+from test_train_text_to_image_qat import calibrated_unet, unet_inputs
+from text2images import UsageError
+
+needs_kernels = pytest.mark.skipif(not text2images.kernels_are_exact(), reason="this CPU has no exact int8 kernels")
+
+
+def filled(layer: text2images.Int8Layer, use_kernels: bool) -> text2images.Int8Layer:
+    generator = torch.Generator().manual_seed(0)
+    layer.weight = torch.randint(-127, 128, layer.weight.shape, dtype=torch.int8, generator=generator)
+    layer.weight_scale = torch.rand(len(layer.weight), generator=generator) * 0.01 + 1e-4
+    layer.bias = None if layer.bias is None else torch.randn(len(layer.weight), generator=generator)
+    layer.input_scale, layer.input_zero_point = torch.tensor(0.03), torch.tensor(77, dtype=torch.int32)
+    layer.make_ready(use_kernels, torch.float32, torch.device("cpu"))
+    return layer
+
+
+def new_layers(kind: str) -> list[text2images.Int8Layer]:
+    """The same layer by kernel and by reference path."""
+    if kind == "linear":
+        made = [text2images.Int8Linear(torch.empty(24, 40), torch.empty(24)) for _ in range(2)]
+    else:
+        groups = 2 if kind == "grouped" else 1
+        stride = 2 if kind == "strided" else 1
+        conv = nn.Conv2d(16, 24, 3, stride, 1, groups=groups, bias=kind != "no bias")
+        made = [text2images.Int8Conv2d(conv) for _ in range(2)]
+    return [filled(layer, use_kernels) for layer, use_kernels in zip(made, (True, False))]
+
+
+# ---------------------------------------------------------------- int8 layers
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["linear", "conv", "strided", "grouped", "no bias"])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_kernels_compute_what_the_reference_path_does(kind: str, batch: int) -> None:
+    kernel, reference = new_layers(kind)
+    generator = torch.Generator().manual_seed(batch)
+    shape = (batch, 9, 40) if kind == "linear" else (batch, 16, 6 + 2 * batch, 10)
+    x = torch.randn(shape, generator=generator) * 3
+    expected = reference(x)
+    assert torch.allclose(kernel(x), expected, atol=1e-4 * expected.abs().max().item())
+
+
+def test_reference_path_follows_the_convention_of_the_file() -> None:
+    layer = new_layers("linear")[1]
+    x = torch.randn(3, 40) * 3
+    levels = (torch.round(x / 0.03) + 77).clamp(0, 255) - 77
+    fresh = text2images.Int8Linear(torch.empty(24, 40), torch.empty(24))
+    weight = filled(fresh, use_kernels=False).weight
+    assert torch.allclose(layer(x), F.linear(levels * 0.03, weight, layer.bias), atol=1e-5)
+
+
+def test_one_input_is_quantized_once_for_all_its_readers() -> None:
+    quantizer = text2images.InputQuantizer(0.1, 3)
+    x = torch.randn(4, 4)
+    first = quantizer.quantize(x)
+    assert quantizer.quantize(x) is first
+    assert quantizer.quantize(x + 1) is not first
+    assert first.tolist() == (torch.round(x / 0.1) + 3).clamp(0, 255).tolist()
+
+
+@pytest.mark.skipif(not text2images.kernels_are_exact(), reason="only where the full instruction set is exact")
+def test_saturating_kernels_of_older_cpus_are_noticed() -> None:
+    code = "import text2images; print('exact', text2images.kernels_are_exact())"
+    assert "exact False" in run_command(sys.executable, "-c", code, ONEDNN_MAX_CPU_ISA="AVX2").stdout
+
+
+@pytest.mark.parametrize("use_kernels", [pytest.param(True, marks=needs_kernels), False])
+@pytest.mark.parametrize(("batch", "edge"), [(1, SIZE // 2), (3, SIZE // 2), (2, SIZE)])
+def test_int8_unet_computes_what_the_fake_quantized_student_did(
+    monkeypatch, use_kernels: bool, batch: int, edge: int
+) -> None:
+    student = calibrated_unet().eval()
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    with torch.no_grad():
+        for name, layer in student.named_modules():
+            if hasattr(layer, "input_quantizer"):
+                layer.register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0], y)}))
+            elif isinstance(layer, (nn.Linear, nn.Conv2d)):
+                layer.weight.copy_(layer.weight.half())  # kept in float, stored as fp16
+        inputs = unet_inputs(batch, edge)
+        fake = student(*inputs).sample
+        expected = dict(seen)
+        trainer.set_mode(student, "float")
+        quantization_error = (student(*inputs).sample - fake).square().mean().sqrt()
+        payload = {"unet_config": dict(student.config), "state_dict": trainer.convert(student).state_dict()}
+        monkeypatch.setattr(text2images, "kernels_are_exact", lambda: use_kernels)
+        int8 = text2images.build_int8_unet(payload, torch.float32, torch.device("cpu"))
+        for name, (x, y) in expected.items():  # every layer, on the very input that its fake twin had
+            assert torch.allclose(int8.get_submodule(name)(x), y, atol=1e-5 * y.abs().max().item(), rtol=1e-4), name
+        difference = (int8(*inputs)[0] - fake).square().mean().sqrt()
+    # Sums in another order put some value on the other side of a rounding border, and layer after layer more of
+    # them: two exact implementations drift apart, by no more than quantization itself costs.
+    assert len(expected) == 58 and difference <= quantization_error
+
+
+# ---------------------------------------------------------------- files that are not what they should be
+
+
+def changed(quant_model: Path, path: Path, **changes) -> Path:
+    payload = torch.load(quant_model, weights_only=True)
+    payload.update(changes)
+    if "checksum" not in changes:
+        payload["checksum"] = text2images.checksum(payload["state_dict"])
+    torch.save(payload, path)
+    return path
+
+
+def test_missing_file_is_an_error_not_a_full_precision_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        text2images.read_quant_model(tmp_path / "quant_model.pt")
+
+
+def test_a_folder_stands_for_the_file_in_it(quant_model: Path) -> None:
+    assert text2images.read_quant_model(quant_model.parent)["format"] == "sd-unet-int8"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
+def test_truncated_file_is_refused(quant_model: Path, tmp_path: Path, share: float) -> None:
+    data = quant_model.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(UsageError, match="damaged"):
+        text2images.read_quant_model(tmp_path / "cut.pt")
+
+
+def test_flipped_bit_is_noticed(quant_model: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(quant_model) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    data = bytearray(quant_model.read_bytes())
+    data[largest.header_offset + largest.file_size // 2] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(data)
+    with pytest.raises(UsageError, match="damaged"):
+        text2images.read_quant_model(tmp_path / "flipped.pt")
+
+
+class Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_pickle_with_code_is_refused_and_not_run(tmp_path: Path, plain: bool) -> None:
+    file, trace = tmp_path / "harmful.pt", tmp_path / "was here"
+    if plain:
+        file.write_bytes(pickle.dumps({"format": "sd-unet-int8", "x": Harmful(trace)}))
+    else:
+        torch.save({"format": "sd-unet-int8", "x": Harmful(trace)}, file)
+    with pytest.raises(UsageError):
+        text2images.read_quant_model(file)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, "not a quant_model.pt"),
+        ({"format_version": 2}, "format version 2"),
+        ({"checksum": "0"}, "checksum does not match"),
+        ({"state_dict": None, "checksum": "0"}, "damaged"),
+    ],
+)
+def test_wrong_contents_are_named(quant_model: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        text2images.read_quant_model(changed(quant_model, tmp_path / "q.pt", **changes))
+
+
+def test_scale_that_is_no_number_is_refused(quant_model: Path, tmp_path: Path) -> None:
+    state = torch.load(quant_model, weights_only=True)["state_dict"]
+    state["mid_block.resnets.0.conv1.input_scale"] = torch.tensor(float("nan"))
+    with pytest.raises(UsageError, match="mid_block.resnets.0.conv1.input_scale is not a positive number"):
+        text2images.read_quant_model(changed(quant_model, tmp_path / "q.pt", state_dict=state))
+
+
+def test_bare_state_dict_of_the_original_recipe_is_explained(tmp_path: Path) -> None:
+    torch.save({"conv_in.module.weight": torch.zeros(3), "conv_in.scale": torch.ones(())}, tmp_path / "q.pt")
+    with pytest.raises(UsageError, match="original example"):
+        text2images.read_quant_model(tmp_path / "q.pt")
+
+
+def test_missing_tensor_is_named(quant_model: Path) -> None:
+    payload = text2images.read_quant_model(quant_model)
+    del payload["state_dict"]["conv_in.bias"]
+    with pytest.raises(UsageError, match="does not fit its own architecture"):
+        text2images.build_int8_unet(payload, torch.float32, torch.device("cpu"))
+
+
+def test_file_of_another_architecture_is_refused(quant_model: Path) -> None:
+    payload = text2images.read_quant_model(quant_model)
+    base = dict(payload["unet_config"], cross_attention_dim=768)
+    with pytest.raises(UsageError, match="cross_attention_dim 32; that of -m other has 768"):
+        text2images.check_architecture(payload, base, "other")
+
+
+# ---------------------------------------------------------------- painting
+
+
+def paint(model_dir: Path, output_dir: Path, *flags: str | Path) -> list[dict]:
+    short = ["--num_inference_steps", "4", "--output_dir", str(output_dir)]
+    text2images.main(["-m", str(model_dir), *short, *map(str, flags)])
+    return [json.loads(line) for line in (output_dir / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path), dtype=float)
+
+
+def test_picture_depends_on_its_own_seed_only(model_dir: Path, tmp_path: Path) -> None:
+    batched = paint(model_dir, tmp_path / "batched", "-c", "a", "b", "-n", "2", "-s", "7", "--batch_size", "3")
+    alone = paint(model_dir, tmp_path / "alone", "-c", "b", "-n", "1", "-s", "8")
+    assert [(row["caption"], row["seed"]) for row in batched] == [("a", 7), ("a", 8), ("b", 7), ("b", 8)]
+    difference = pixels(tmp_path / "batched" / batched[3]["file"]) - pixels(tmp_path / "alone" / alone[0]["file"])
+    assert np.abs(difference).max() <= 1
+    other = pixels(tmp_path / "batched" / batched[2]["file"]) - pixels(tmp_path / "alone" / alone[0]["file"])
+    assert np.abs(other).mean() > 1
+
+
+def test_int8_picture_is_close_to_the_full_precision_one(model_dir: Path, quant_model: Path, tmp_path: Path) -> None:
+    fp32 = paint(model_dir, tmp_path, "-c", "a")[0]
+    int8 = paint(model_dir, tmp_path, "-c", "a", "-qm", quant_model, "--dtype", "float32")[1]
+    assert (fp32["precision"], int8["precision"]) == ("fp32", "int8")
+    assert (fp32["seed"], fp32["steps"], fp32["scheduler"]) == (int8["seed"], int8["steps"], int8["scheduler"])
+    mse = np.square(pixels(tmp_path / fp32["file"]) - pixels(tmp_path / int8["file"])).mean()
+    assert 0 < mse < 255**2 / 10**3  # better than 30 dB, and not the same weights
+
+
+def test_bfloat16_run_is_close_and_reported(model_dir: Path, tmp_path: Path) -> None:
+    fp32 = paint(model_dir, tmp_path, "-c", "a")[0]
+    bf16 = paint(model_dir, tmp_path, "-c", "a", "--dtype", "bfloat16")[1]
+    assert bf16["precision"] == "bf16"
+    assert np.abs(pixels(tmp_path / fp32["file"]) - pixels(tmp_path / bf16["file"])).mean() < 4
+
+
+def test_grid_holds_every_picture_of_its_caption(model_dir: Path, tmp_path: Path) -> None:
+    rows = paint(model_dir, tmp_path, "-c", "a", "-n", "3")
+    grid = Image.open(tmp_path / "a fp32.png")
+    assert grid.size == (2 * SIZE, 2 * SIZE)
+    for index, row in enumerate(rows):
+        corner = (index % 2 * SIZE, index // 2 * SIZE)
+        part = grid.crop((*corner, corner[0] + SIZE, corner[1] + SIZE))
+        assert np.array_equal(np.asarray(part), pixels(tmp_path / row["file"]))
+
+
+def test_facts_are_in_the_row_and_in_the_picture(model_dir: Path, quant_model: Path, tmp_path: Path) -> None:
+    flags = ["--guidance_scale", "3", "--scheduler", "pndm", "--negative_prompt", "fog", "-qm", quant_model]
+    row = paint(model_dir, tmp_path, "-c", "été 日本", *flags)[0]
+    expected = {"caption": "été 日本", "seed": 42, "status": "ok", "steps": 4, "guidance_scale": 3.0}
+    expected |= {"scheduler": "PNDMScheduler", "negative_prompt": "fog", "precision": "int8"}
+    assert expected.items() <= row.items()
+    assert row["seconds"] > 0 and row["peak_memory_gib"] > 0.1
+    assert row["unet_mb"] == round(quant_model.stat().st_size / 1e6, 1)
+    text = Image.open(tmp_path / row["file"]).text
+    assert text["caption"] == "été 日本" and text["guidance_scale"] == "3.0" and text["seed"] == "42"
+
+
+def test_nothing_is_overwritten(model_dir: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        rows = paint(model_dir, tmp_path, "-c", "a", "a")
+    assert len(rows) == len({row["file"] for row in rows}) == 4
+    assert all((tmp_path / row["file"]).is_file() for row in rows)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_captions_come_from_a_file_too(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "captions.txt").write_text("\ufeffone\n\n  two \n", encoding="utf-8")
+    rows = paint(model_dir, tmp_path, "-c", "zero", "--captions_file", tmp_path / "captions.txt", "--batch_size", "3")
+    assert [row["caption"] for row in rows] == ["zero", "one", "two"]
+
+
+def test_size_can_be_chosen(model_dir: Path, tmp_path: Path) -> None:
+    row = paint(model_dir, tmp_path, "-c", "a", "--height", "48", "--width", "64")[0]
+    assert pixels(tmp_path / row["file"]).shape == (48, 64, 3)
+
+
+def test_numerical_failure_is_reported_as_such(model_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    noise = text2images.initial_latents
+
+    def broken(pipeline, jobs, height, width):
+        latents = noise(pipeline, jobs, height, width)
+        latents[0] = float("nan")
+        return latents
+
+    monkeypatch.setattr(text2images, "initial_latents", broken)
+    with pytest.raises(SystemExit) as left:
+        paint(model_dir, tmp_path, "-c", "a", "-n", "2", "--batch_size", "2")
+    assert left.value.code == 1
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["status"], row["file"] is None) for row in rows] == [("non-finite", True), ("ok", False)]
+
+
+def test_flagged_picture_is_reported_as_such(model_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    def checker(self, image, device, dtype):
+        return torch.zeros_like(image), [True]
+
+    monkeypatch.setattr(text2images.StableDiffusionPipeline, "run_safety_checker", checker)
+    assert paint(model_dir, tmp_path, "-c", "a")[0]["status"] == "flagged"
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["", "..", "../../etc/passwd", "a/b\\c", ".hidden", 'quo"te: <what?>|*', "line\nbreak", "x" * 1000, "日本" * 500],
+)
+def test_file_names_are_safe_for_any_caption(caption: str) -> None:
+    name = text2images.safe_name(caption)
+    assert 0 < len(name.encode()) <= 150
+    assert not set(name) & set('/\\:*?"<>|\n\0') and not name.startswith(".") and name == name.strip(" .")
+
+
+def test_caption_of_the_original_is_its_own_file_name() -> None:
+    caption = "The Milky Way lies in the sky, with the golden snow mountain lies below, high definition"
+    assert text2images.safe_name(caption) == caption
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "nothing to paint"),
+        (["-c", "a", "-n", "0"], "--images_num must be at least 1"),
+        (["-c", "a", "--height", "100"], "96 would do"),
+        (["--captions_file", "/nowhere"], "/nowhere"),
+        (["-c", "a", "-s", "-1"], "--seed"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(flags: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        text2images.parse_args(["-m", "x", *flags])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_kinds_of_model_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(UsageError, match="StableDiffusionXLPipeline"):
+        text2images.main(["-m", str(tmp_path), "-c", "a", "--output_dir", str(tmp_path / "out")])

@@ -1,0 +1,588 @@
+#!/usr/bin/env python
+"""Paint captions with Stable Diffusion, with the int8 UNet of quant_model.pt or the full-precision one.
+
+Reads a Stable Diffusion folder (or hub id) and, with -qm, the file that
+train_text_to_image_qat.py wrote. Writes one PNG a picture, one grid a caption, and a row a
+picture in results.jsonl. The same seed gives the same noise to both UNets.
+
+    python text2images.py -m demo/tiny-stable-diffusion -qm qat/quant_model.pt \\
+        -c "a photo of an astronaut riding a horse on mars"
+
+Next: leave out -qm, paint the same captions in fp32, and look at both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import sys
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Importing these libraries on a CPU prints notices about GPU parts that are not there.
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+for library in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(library).setLevel(logging.ERROR)
+
+import diffusers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+logger = logging.getLogger("text2images")
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+}
+MAX_NAME_BYTES = 150  # of the caption in a file name; file systems allow 255 for the whole
+
+
+class UsageError(Exception):
+    """What the user gave cannot work; the message is one line that names it and the remedy. Exit code 2."""
+
+
+# ---------------------------------------------------------------- arguments
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and every flag's default."""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--pretrained_model_name_or_path", required=True, help="diffusers folder or hub id of Stable Diffusion")
+    add("-qm", "--quantized_model_name_or_path", type=Path, help="quant_model.pt, or the folder it is in")
+    add("--scheduler", choices=SCHEDULERS, help="sampler; by default the checkpoint's own")
+    text = (
+        "of all that is not int8; auto: float32 with the full-precision UNet, around int8 bfloat16 where the CPU has it"
+    )
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help=text)
+    add("--disable_safety_checker", action="store_true", help="paint even what the checkpoint's own checker flags")
+    add = parser.add_argument_group("pictures").add_argument
+    add("-c", "--captions", nargs="+", default=[], help="what to paint")
+    add("--captions_file", type=Path, help="more captions, one a line, UTF-8")
+    add("-n", "--images_num", type=int, default=1, help="pictures of each caption; picture k has seed + k")
+    add("-s", "--seed", type=int, default=42, help="of the first picture of each caption")
+    add("--num_inference_steps", type=int, default=50, help="denoising steps")
+    add(
+        "--guidance_scale", type=float, default=7.5, help="how closely to follow the caption; at most 1 switches it off"
+    )
+    add("--negative_prompt", help="what not to paint")
+    add("--height", type=int, help="pixels, a multiple of 8; by default what the checkpoint was trained for")
+    add("--width", type=int, help="likewise")
+    add("--batch_size", type=int, default=1, help="pictures painted at once")
+    add("--output_dir", type=Path, default=Path("images"), help="gets the pictures and results.jsonl")
+    args = parser.parse_args(argv)
+
+    if args.captions_file is not None:
+        try:
+            lines = args.captions_file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"--captions_file {args.captions_file}: {error}")
+        args.captions = [*args.captions, *(line.strip() for line in lines if line.strip())]
+    if not args.captions:
+        parser.error("nothing to paint: give -c CAPTION or --captions_file FILE")
+    for name in ("images_num", "num_inference_steps", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    for name in ("height", "width"):
+        edge = getattr(args, name)
+        if edge is not None and (edge < 8 or edge % 8):
+            parser.error(f"--{name} {edge} must be a multiple of 8: {max(8, edge // 8 * 8)} would do")
+    if not 0 <= args.seed < 2**63 - args.images_num:
+        parser.error("--seed must be a non-negative 64-bit number")
+    return args
+
+
+# ---------------------------------------------------------------- int8 layers
+#
+# The convention of quant_model.pt: a weight is worth q * weight_scale[out], q int8; an input is worth
+# (q - zero_point) * input_scale, q = clamp(round(x / input_scale) + zero_point, 0, 255), uint8.
+
+
+class InputQuantizer:
+    """Turns a layer's input into uint8; layers that read the same tensor share one, and it works once for all."""
+
+    def __init__(self, scale: float, zero_point: int) -> None:
+        self.scale, self.zero_point = scale, zero_point
+        self.seen: Any = lambda: None  # weak reference to the latest input
+        self.levels = torch.empty(0)
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        if self.seen() is not x:
+            levels = x.to(torch.float32, copy=True).div_(self.scale).round_()
+            self.levels = levels.add_(self.zero_point).clamp_(0, 255).to(torch.uint8)
+            self.seen = weakref.ref(x)
+        return self.levels
+
+    def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
+        levels = torch.clamp(torch.round(x.float() / self.scale) + self.zero_point, 0, 255)
+        return ((levels - self.zero_point) * self.scale).to(x.dtype)
+
+
+class Int8Layer(nn.Module):
+    """What Int8Linear and Int8Conv2d have in common: the tensors of the file, and how they are made ready to run."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(weight.shape, dtype=torch.int8, device="meta"))
+        self.register_buffer("weight_scale", torch.empty(weight.shape[0], device="meta"))
+        self.register_buffer("input_scale", torch.empty((), device="meta"))
+        self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32, device="meta"))
+        self.register_buffer("bias", None if bias is None else torch.empty(bias.shape, device="meta"))
+        self.input_quantizer: InputQuantizer | None = None
+
+    def make_ready(self, use_kernels: bool, dtype: torch.dtype, device: torch.device) -> None:
+        """Pack the weight for the int8 kernel, or dequantize it for the reference path."""
+        self.use_kernels, self.dtype = use_kernels, dtype
+        self.input_quantizer = InputQuantizer(self.input_scale.item(), self.input_zero_point.item())
+        if use_kernels:
+            self.zero_points = torch.zeros(len(self.weight_scale), dtype=torch.int32)
+            self.weight = self.pack()
+        else:
+            scale = self.weight_scale.view(-1, *[1] * (self.weight.dim() - 1))
+            self.weight = (self.weight.float() * scale).to(device, dtype)
+            self.bias = None if self.bias is None else self.bias.to(device, dtype)
+
+
+class Int8Linear(Int8Layer):
+    def pack(self) -> torch.Tensor:
+        return torch.ops.onednn.qlinear_prepack(self.weight, None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        quantizer = self.input_quantizer
+        if not self.use_kernels:
+            return F.linear(quantizer.fake_quantize(x), self.weight, self.bias)
+        return torch.ops.onednn.qlinear_pointwise(
+            quantizer.quantize(x), quantizer.scale, quantizer.zero_point, self.weight, self.weight_scale,
+            self.zero_points, self.bias, 1.0, 0, self.dtype, "none", [], "",
+        )  # fmt: skip
+
+
+class Int8Conv2d(Int8Layer):
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv.weight, conv.bias)
+        self.geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+
+    def pack(self) -> torch.Tensor:
+        quantizer = self.input_quantizer
+        shape = [1, self.weight.shape[1] * self.geometry[3], 64, 64]  # a hint: other sizes run as well
+        return torch.ops.onednn.qconv_prepack(
+            self.weight, self.weight_scale, quantizer.scale, quantizer.zero_point, *self.geometry, shape
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        quantizer = self.input_quantizer
+        if not self.use_kernels:
+            return F.conv2d(quantizer.fake_quantize(x), self.weight, self.bias, *self.geometry)
+        levels = quantizer.quantize(x.contiguous(memory_format=torch.channels_last))
+        return torch.ops.onednn.qconv_pointwise(
+            levels, quantizer.scale, quantizer.zero_point, self.weight, self.weight_scale, self.zero_points, self.bias,
+            *self.geometry, 1.0, 0, self.dtype, "none", [], "",
+        )  # fmt: skip
+
+
+def kernels_are_exact() -> bool:
+    """Whether this CPU's int8 kernels compute what integers would.
+
+    Without VNNI they add pairs of products in 16 bits, which saturates without a word
+    (pytorch/pytorch#103646); the largest values show it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(192, 256, (2, 64, 8, 8), generator=generator)
+    weight = torch.randint(96, 128, (32, 64, 3, 3), generator=generator)
+    scales, zeros = torch.ones(32), torch.zeros(32, dtype=torch.int32)
+    rows, matrix = levels[:, :, 0, 0], weight[:, :, 1, 1]
+    linear_reference = F.linear((rows - 7).double(), matrix.double())
+    conv_reference = F.conv2d((levels - 7).double(), weight.double(), padding=1)
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    rest = (1.0, 0, torch.float32, "none", [], "")
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(matrix.to(torch.int8), None)
+        linear = torch.ops.onednn.qlinear_pointwise(rows.byte(), 1.0, 7, packed, scales, zeros, None, *rest)
+        packed = torch.ops.onednn.qconv_prepack(weight.to(torch.int8), scales, 1.0, 7, *geometry, [2, 64, 8, 8])
+        nhwc = levels.byte().contiguous(memory_format=torch.channels_last)
+        conv = torch.ops.onednn.qconv_pointwise(nhwc, 1.0, 7, packed, scales, zeros, None, *geometry, *rest)
+    except (AttributeError, RuntimeError, NotImplementedError):  # a build or a machine without these kernels
+        return False
+    return torch.allclose(linear.double(), linear_reference) and torch.allclose(conv.double(), conv_reference)
+
+
+# ---------------------------------------------------------------- reading quant_model.pt
+
+
+def read_quant_model(path: Path) -> dict[str, Any]:
+    """The checked contents of quant_model.pt; tensors stay on disk until they are used.
+
+    Raises:
+        UsageError: the file is missing, damaged, unsafe, of another kind or of a newer version.
+    """
+    path = path / "quant_model.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(f"-qm {path}: no such file; train_text_to_image_qat.py writes it into its --output_dir")
+    try:
+        payload = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise UsageError(f"-qm {path}: not loaded, as it is no plain file of tensors and could run code") from error
+    except Exception as error:  # the reader fails in many ways on a file that is cut short or not a zip archive
+        raise UsageError(f"-qm {path}: damaged or not a quant_model.pt; copy or train it again") from error
+    if not isinstance(payload, dict) or payload.get("format") != "sd-unet-int8":
+        if isinstance(payload, dict) and payload and all(isinstance(key, str) and "." in key for key in payload):
+            raise UsageError(
+                f"-qm {path}: a bare state dict, such as Intel's original example wrote; it does not hold what an "
+                "int8 UNet needs: train again with train_text_to_image_qat.py"
+            )
+        raise UsageError(f"-qm {path}: not a quant_model.pt of train_text_to_image_qat.py")
+    if payload.get("format_version") != 1:
+        raise UsageError(f"-qm {path}: format version {payload.get('format_version')}; this script reads 1: update it")
+    state_dict = payload.get("state_dict")
+    if not isinstance(state_dict, dict) or checksum(state_dict) != payload.get("checksum"):
+        raise UsageError(f"-qm {path}: damaged, its checksum does not match; copy or train it again")
+    for name, tensor in state_dict.items():
+        if name.endswith("_scale") and not (torch.isfinite(tensor).all() and (tensor > 0).all()):
+            raise UsageError(f"-qm {path}: {name} is not a positive number; the training failed: train again")
+    return payload
+
+
+def checksum(state_dict: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, as the trainer computes it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
+    """A diffusers UNet with int8 layers, filled from the file; the full-precision UNet is never made.
+
+    Raises:
+        UsageError: the tensors do not fit the architecture that the file names.
+    """
+    state_dict = payload["state_dict"]
+    int8_names = [name.removesuffix(".weight_scale") for name in state_dict if name.endswith(".weight_scale")]
+    try:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(payload["unet_config"])
+        for name in int8_names:
+            parent, _, child = name.rpartition(".")
+            layer = unet.get_submodule(name)
+            int8 = Int8Conv2d(layer) if isinstance(layer, nn.Conv2d) else Int8Linear(layer.weight, layer.bias)
+            setattr(unet.get_submodule(parent), child, int8)
+        unet.load_state_dict(state_dict, assign=True)
+    except Exception as error:  # a wrong config fails inside diffusers in its own ways
+        raise UsageError(f"quant_model.pt does not fit its own architecture: {str(error).splitlines()[0]}") from error
+    use_kernels = device.type == "cpu" and kernels_are_exact()
+    for module in unet.modules():
+        if isinstance(module, Int8Layer):
+            module.make_ready(use_kernels, dtype, device)
+        else:
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.to(device, dtype), requires_grad=False))
+    share_input_quantizers(unet)
+    unet = unet.to(memory_format=torch.channels_last) if not use_kernels else unet
+    path = "oneDNN int8 kernels" if use_kernels else "the reference path at float speed (no exact int8 kernels here)"
+    layers = sum(isinstance(module, (nn.Linear, nn.Conv2d, Int8Layer)) for module in unet.modules())
+    logger.info(f"{len(int8_names)} of {layers} Linear and Conv2d layers in int8, by {path}")
+    return unet.eval()
+
+
+def share_input_quantizers(unet: UNet2DConditionModel) -> None:
+    """Self-attention's q, k and v read one tensor, cross-attention's k and v another: quantize it once."""
+    for attention in unet.modules():
+        if not hasattr(attention, "to_q"):
+            continue
+        readers = [attention.to_k, attention.to_v] + ([] if attention.is_cross_attention else [attention.to_q])
+        int8 = [layer for layer in readers if isinstance(layer, Int8Layer)]
+        for layer in int8[1:]:
+            first, other = int8[0].input_quantizer, layer.input_quantizer
+            if (first.scale, first.zero_point) == (other.scale, other.zero_point):
+                layer.input_quantizer = first
+
+
+# ---------------------------------------------------------------- the pipeline
+
+
+def choose_dtype(args: argparse.Namespace) -> torch.dtype:
+    if args.dtype != "auto":
+        return getattr(torch, args.dtype)
+    capabilities = torch.cpu.get_capabilities()
+    fast_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or torch.cuda.is_available()
+    return torch.bfloat16 if args.quantized_model_name_or_path is not None and fast_bf16 else torch.float32
+
+
+def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
+    """The checkpoint's pipeline, with the int8 UNet in place of its own where -qm is given.
+
+    Raises:
+        UsageError: no Stable Diffusion 1.x/2.x there, or the file is for another architecture.
+    """
+    name, dtype = args.pretrained_model_name_or_path, choose_dtype(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "runwayml/stable-diffusion-v1-5" and not Path(name).is_dir():
+        name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        logger.info(f"runwayml/stable-diffusion-v1-5 has left the hub; using its copy {name}")
+    parts: dict[str, Any] = (
+        {"safety_checker": None, "requires_safety_checker": False} if args.disable_safety_checker else {}
+    )
+    try:
+        index = StableDiffusionPipeline.load_config(name)
+        if index.get("_class_name") != "StableDiffusionPipeline":
+            raise UsageError(f"-m {name}: a {index.get('_class_name')}; only StableDiffusionPipeline works (1.x, 2.x)")
+        if args.quantized_model_name_or_path is not None:
+            payload = read_quant_model(args.quantized_model_name_or_path)
+            check_architecture(payload, UNet2DConditionModel.load_config(name, subfolder="unet"), name)
+            parts["unet"] = build_int8_unet(payload, dtype, device)
+        pipeline = StableDiffusionPipeline.from_pretrained(name, dtype=dtype, **parts)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"-m {name}: {str(error).strip().splitlines()[0]}") from error
+    if args.scheduler is not None:
+        pipeline.scheduler = getattr(diffusers, SCHEDULERS[args.scheduler]).from_config(pipeline.scheduler.config)
+    if args.quantized_model_name_or_path is None:
+        pipeline.unet.to(memory_format=torch.channels_last)
+    pipeline.vae.to(memory_format=torch.channels_last)
+    pipeline.unet.register_forward_pre_hook(to_unet_dtype, with_kwargs=True)
+    pipeline.unet.register_forward_hook(to_fp32)
+    return pipeline.to(device)
+
+
+def check_architecture(payload: dict[str, Any], base_config: dict[str, Any], name: str) -> None:
+    """A file trained from one architecture must not be painted with by another's text encoder and VAE."""
+    for key in ("in_channels", "out_channels", "cross_attention_dim", "block_out_channels", "layers_per_block"):
+        ours, theirs = payload["unet_config"].get(key), base_config.get(key)
+        ours, theirs = (list(value) if isinstance(value, tuple) else value for value in (ours, theirs))
+        if ours != theirs:
+            trained = payload.get("base_model")
+            raise UsageError(
+                f"-qm was trained from {trained}, whose UNet has {key} {ours}; that of -m {name} has {theirs}"
+            )
+
+
+# The sampler works in fp32 whatever the UNet computes in: its many small steps would lose bits in bf16.
+
+
+def to_unet_dtype(unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    dtype = unet.conv_in.weight.dtype
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+
+    return tuple(cast(value) for value in args), {key: cast(value) for key, value in kwargs.items()}
+
+
+def to_fp32(unet: nn.Module, args: tuple, output: Any) -> Any:
+    return tuple(value.float() for value in output)  # the pipeline asks for a tuple
+
+
+# ---------------------------------------------------------------- painting
+
+
+@dataclass
+class Job:
+    """One picture to paint."""
+
+    caption: str
+    number: int  # of the caption's pictures, from 0
+    seed: int
+
+
+@dataclass
+class Painting:
+    """What became of a job. status: ok, flagged (the safety checker blackened it) or non-finite (no picture)."""
+
+    job: Job
+    image: Image.Image | None
+    status: str
+    seconds: float
+
+
+def initial_latents(pipeline: StableDiffusionPipeline, jobs: list[Job], height: int, width: int) -> torch.Tensor:
+    """fp32 noise [N, 4, H/8, W/8], each picture's from its own seed: no batch, precision or device changes it."""
+    shape = (pipeline.unet.config.in_channels, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs])
+
+
+@torch.no_grad()
+def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Namespace) -> list[Painting]:
+    """Denoise, decode and check one batch of pictures."""
+    began = time.perf_counter()
+    default = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    height, width = args.height or default, args.width or default
+    latents = pipeline(
+        [job.caption for job in jobs],
+        height=height,
+        width=width,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(jobs),
+        generator=[torch.Generator().manual_seed(job.seed) for job in jobs],  # for samplers that add noise
+        latents=initial_latents(pipeline, jobs, height, width).to(pipeline.device),
+        output_type="latent",
+    ).images
+    vae = pipeline.vae
+    decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
+    finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
+    decoded, flagged = pipeline.run_safety_checker(torch.nan_to_num(decoded), pipeline.device, vae.dtype)
+    images = pipeline.image_processor.postprocess(decoded, output_type="pil")
+    seconds = (time.perf_counter() - began) / len(jobs)
+    paintings = []
+    for index, job in enumerate(jobs):
+        status = "flagged" if flagged and flagged[index] else "ok" if finite[index] else "non-finite"
+        paintings.append(Painting(job, images[index] if finite[index] else None, status, seconds))
+    return paintings
+
+
+# ---------------------------------------------------------------- saving
+
+
+def peak_memory_gib() -> float:
+    """The most memory that this process has held so far."""
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+
+
+def safe_name(caption: str) -> str:
+    """A caption as a file name: no separators or control characters, no leading dot, cut by bytes."""
+    name = re.sub(r"[\\/:*?\"<>|\x00-\x1f\x7f\u2028\u2029]+", " ", caption).strip(" .")
+    name = name.encode("utf-8", "ignore")[:MAX_NAME_BYTES].decode("utf-8", "ignore").strip(" .")
+    return name or "untitled"
+
+
+def free_path(folder: Path, name: str) -> Path:
+    """folder/name.png, or with a number where that exists already."""
+    path, count = folder / f"{name}.png", 1
+    while path.exists():
+        count += 1
+        path = folder / f"{name} ({count}).png"
+    return path
+
+
+def save_png(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
+    text = PngImagePlugin.PngInfo()
+    for key, value in facts.items():
+        text.add_itxt(key, str(value))
+    partial = path.with_name(path.name + ".partial")
+    image.save(partial, format="PNG", pnginfo=text)
+    os.replace(partial, path)
+
+
+def save_painting(painting: Painting, facts: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Write the picture and its row of results.jsonl; returns the row."""
+    job = painting.job
+    row = {"caption": job.caption, "seed": job.seed, "status": painting.status, **facts}
+    row |= {"seconds": round(painting.seconds, 3), "peak_memory_gib": round(peak_memory_gib(), 3), "file": None}
+    if painting.image is not None:
+        path = free_path(args.output_dir, f"{safe_name(job.caption)} {facts['precision']} seed {job.seed}")
+        row["file"] = path.name
+        save_png(painting.image, path, row)
+    with open(args.output_dir / "results.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if painting.status != "ok":
+        meaning = {"flagged": "the safety checker blackened it", "non-finite": "numerical failure, no picture"}
+        logger.warning(f"{job.caption!r}, seed {job.seed}: {meaning[painting.status]}")
+    return row
+
+
+def save_grid(images: list[Image.Image], name: str, facts: dict[str, Any], args: argparse.Namespace) -> Path:
+    """All pictures of a caption in one, in rows of equal length as far as it goes."""
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
+    for index, image in enumerate(images):
+        grid.paste(image, (index % columns * width, index // columns * height))
+    path = free_path(args.output_dir, f"{name} {facts['precision']}")
+    save_png(grid, path, facts)
+    return path
+
+
+# ---------------------------------------------------------------- the flow
+
+
+def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
+    """What is true of every picture of this run."""
+    file = args.quantized_model_name_or_path
+    file = file / "quant_model.pt" if file is not None and file.is_dir() else file
+    around = {torch.float32: "fp32", torch.bfloat16: "bf16"}[pipeline.vae.dtype]
+    size = file.stat().st_size if file else sum(4 * parameter.numel() for parameter in pipeline.unet.parameters())
+    return {
+        "steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "negative_prompt": args.negative_prompt,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "model": args.pretrained_model_name_or_path,
+        "quant_model": str(file) if file else None,
+        "precision": "int8" if file else around,
+        "dtype": around,
+        "unet_mb": round(size / 1e6, 1),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    pipeline = load_pipeline(args)  # the checkpoint, with the int8 UNet where -qm is given
+    pipeline.set_progress_bar_config(disable=True)
+    facts = run_facts(pipeline, args)
+    kind, size, around = facts["precision"], facts["unet_mb"], facts["dtype"]
+    logger.info(f"{kind} UNet ({size} MB), {around} elsewhere, {torch.get_num_threads()} threads")
+    jobs = [Job(caption, k, args.seed + k) for caption in args.captions for k in range(args.images_num)]
+    waiting: list[Painting] = []  # pictures of the caption at hand, until its grid is complete
+    failed = 0
+    with tqdm(total=len(jobs), desc="pictures", disable=len(jobs) == 1) as progress:
+        for start in range(0, len(jobs), args.batch_size):
+            for painting in paint(pipeline, jobs[start : start + args.batch_size], args):
+                save_painting(painting, facts, args)
+                failed += painting.status == "non-finite"
+                waiting.append(painting)
+                if painting.job.number == args.images_num - 1:
+                    images = [done.image for done in waiting if done.image is not None]
+                    if images:
+                        path = save_grid(images, safe_name(painting.job.caption), facts, args)
+                        logger.info(f"{path}: {len(images)} picture(s), {painting.seconds:.1f} s each")
+                    waiting.clear()
+                progress.update()
+    logger.info(
+        f"{len(jobs) - failed} of {len(jobs)} pictures in {args.output_dir}, peak memory {peak_memory_gib():.2f} GiB"
+    )
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
