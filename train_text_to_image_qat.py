@@ -957,10 +957,15 @@ class Trainer:
         torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts().items()}}, path)
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
-        self.step = state["step"]
+        try:
+            state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            for name, part in self.parts().items():
+                part.load_state_dict(state[name])
+            self.step = state["step"]
+        except Exception as error:  # a damaged file fails in many ways
+            raise UsageError(
+                f"{path} is damaged ({first_line(error)}): delete {path.parent} and resume again"
+            ) from error
 
     @contextlib.contextmanager
     def exported_weights(self) -> Iterator[UNet2DConditionModel]:
@@ -1006,6 +1011,10 @@ def make_trainer(
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max(1, steps)}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
     ema = EMAModel(student.parameters()) if args.use_ema and steps > 0 else None
+    # fp32: weights, gradients, two moments, average; the teacher in its own precision
+    copies = 4 + args.use_ema + (0.5 if accelerator.mixed_precision != "no" else 1)
+    size = copies * 4e-9 * sum(parameter.numel() for parameter in student.parameters())
+    logger.info(f"{steps} steps; about {size:.1f} GB for weights, gradients, optimizer, teacher, beside activations")
     return Trainer(student, optimizer, lr_scheduler, ema)
 
 
@@ -1051,9 +1060,7 @@ class Watch:
         self.bad_steps += not finite
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         if self.bad_in_a_row >= MAX_BAD_STEPS:
-            raise TrainingError(
-                f"{MAX_BAD_STEPS} non-finite losses in a row: lower --learning_rate or look at the data"
-            )
+            raise TrainingError(f"{MAX_BAD_STEPS} non-finite losses in a row: lower --learning_rate, look at the data")
         return finite
 
     def take_losses(self) -> dict[str, float]:
@@ -1150,9 +1157,8 @@ def after_step(
             save_checkpoint(trainer, args)
     accelerator.wait_for_everyone()
     if told and not last:
-        logger.info(
-            f"stopped by {signal.Signals(told).name} at step {trainer.step}: --resume_from_checkpoint latest goes on"
-        )
+        name = signal.Signals(told).name
+        logger.info(f"stopped by {name} at step {trainer.step}: --resume_from_checkpoint latest goes on")
         accelerator.end_training()
         sys.exit(128 + told)
 
@@ -1174,9 +1180,7 @@ def save_checkpoint(trainer: Trainer, args: argparse.Namespace) -> None:
         partial.rename(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
-        raise TrainingError(
-            f"{folder} could not be written ({first_line(error)}); earlier checkpoints are kept"
-        ) from error
+        raise TrainingError(f"{folder} was not written ({first_line(error)}); earlier ones are kept") from error
     for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
         shutil.rmtree(old)
 
@@ -1215,14 +1219,11 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
         folder = Path(args.resume_from_checkpoint)
         if not (folder / "state.pt").is_file():
             raise UsageError(
-                f"--resume_from_checkpoint {folder}: no state.pt there; name a checkpoint-N folder, or latest"
+                f"--resume_from_checkpoint {folder} has no state.pt; name a checkpoint-N folder, or latest"
             )
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    changed = [
-        f"{key} (then {settings[key]}, now {vars(args)[key]})"
-        for key in settings
-        if str(vars(args)[key]) != settings[key]
-    ]
+    now = {key: str(vars(args)[key]) for key in settings}
+    changed = [f"{key} (then {settings[key]}, now {now[key]})" for key in settings if now[key] != settings[key]]
     if changed:
         raise UsageError(f"{folder} was written with other settings: {', '.join(changed)}; use the same, or start anew")
     logger.info(f"resuming from {folder}")
@@ -1254,12 +1255,11 @@ def validate(
                 requires_safety_checker=False,
             )
             painter.set_progress_bar_config(disable=True)
-            generators = [
-                generator_for(args.seed, "validation", index) for index in range(len(args.validation_prompts))
-            ]
-            size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 30, "output_type": "np"}
+            prompts = args.validation_prompts
+            generators = [generator_for(args.seed, "validation", index) for index in range(len(prompts))]
+            size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 30}
             with accelerator.autocast():
-                pictures.append(painter(args.validation_prompts, generator=generators, **size).images)
+                pictures.append(painter(prompts, generator=generators, output_type="np", **size).images)
         student.train()
     for index, pair in enumerate(zip(*pictures)):
         side_by_side = Image.fromarray((np.concatenate(pair, axis=1) * 255).round().astype(np.uint8))
@@ -1295,15 +1295,7 @@ def save_int8(trainer: Trainer, config: Int8Config, losses: dict[str, float], ar
     unet_config = {key: value for key, value in student.config.items() if not key.startswith("_")}
     state_dict = {name: tensor.contiguous() for name, tensor in convert(student).state_dict().items()}
     modules = (torch, diffusers, transformers, accelerate)
-    settings = (
-        "calibration_steps",
-        "kd_weight",
-        "task_weight",
-        "feature_kd_weight",
-        "learning_rate",
-        "use_ema",
-        "seed",
-    )
+    settings = "calibration_steps kd_weight task_weight feature_kd_weight learning_rate use_ema seed".split()
     payload = {
         "format": "sd-unet-int8",
         "format_version": 1,
@@ -1325,9 +1317,7 @@ def save_int8(trainer: Trainer, config: Int8Config, losses: dict[str, float], ar
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise TrainingError(
-            f"{path} could not be written ({first_line(error)}); the last checkpoint is kept"
-        ) from error
+        raise TrainingError(f"{path} was not written ({first_line(error)}); the last checkpoint is kept") from error
     size = path.stat().st_size
     logger.info(f"wrote {path}: {size / 1e6:.1f} MB, {size / fp32_bytes:.3f} of the fp32 UNet")
     logger.info(f"next: python text2images.py -m {args.pretrained_model_name_or_path} -qm {path} -c 'a caption'")
@@ -1337,9 +1327,8 @@ def save_int8(trainer: Trainer, config: Int8Config, losses: dict[str, float], ar
 def push_to_hub(args: argparse.Namespace) -> None:
     from huggingface_hub import create_repo, upload_folder
 
-    repo_id = create_repo(
-        args.hub_model_id or args.output_dir.resolve().name, exist_ok=True, token=args.hub_token
-    ).repo_id
+    name = args.hub_model_id or args.output_dir.resolve().name
+    repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
     patterns = ["quant_model.pt", "validation/*.png"]
     upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=patterns, token=args.hub_token)
     logger.info(f"pushed to {repo_id}")

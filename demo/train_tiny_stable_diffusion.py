@@ -292,7 +292,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=12000, help="number of pictures to draw and learn from")
     parser.add_argument("--vae_steps", type=int, default=1800)
     parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
-    parser.add_argument("--unet_steps", type=int, default=4500)
+    parser.add_argument("--unet_steps", type=int, default=3300)
     parser.add_argument("--unet_learning_rate", type=float, default=1e-3)
     parser.add_argument("--batch_size", type=int, default=32, help="pictures in a step of the UNet")
     parser.add_argument("--seed", type=int, default=1, help="of the pictures and of the first weights")

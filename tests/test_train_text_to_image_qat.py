@@ -451,6 +451,14 @@ def test_resuming_with_other_settings_is_refused(train, tmp_path: Path) -> None:
         train(tmp_path, "--max_train_steps", "3", "--learning_rate", "0.1", "--resume_from_checkpoint", "latest")
 
 
+def test_damaged_checkpoint_is_named(train, tmp_path: Path) -> None:
+    train(tmp_path, "--max_train_steps", "1", "--checkpointing_steps", "1")
+    state = tmp_path / "checkpoint-1" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(trainer.UsageError, match="checkpoint-1/state.pt is damaged"):
+        train(tmp_path, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+
+
 def test_failed_checkpoint_keeps_the_earlier_one(train, tmp_path: Path, monkeypatch) -> None:
     save = trainer.Trainer.save
 
