@@ -60,6 +60,8 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from neural_compressor.common.base_config import DEFAULT_WHITE_LIST, register_config
@@ -624,28 +626,32 @@ class InputQuantizer(nn.Module):
     the forward pass twice, trains the same model as without it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int, channel_dim: int) -> None:
         super().__init__()
+        self.channel_dim = channel_dim
         self.mode = "float"  # float: pass through; observe: also widen the range; quantize
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
-        self.register_buffer("low", torch.zeros(()), persistent=False)  # the range holds 0, as padding needs it
-        self.register_buffer("high", torch.zeros(()), persistent=False)
+        # observed per channel, [channels]; every range holds 0, as padding needs it
+        self.register_buffer("low", torch.zeros(channels), persistent=False)
+        self.register_buffer("high", torch.zeros(channels), persistent=False)
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor) -> None:
-        """Widen the range to hold `x`; a batch with a non-finite value is left out of it."""
-        low, high = torch.aminmax(x.detach().float())
-        if torch.isfinite(high - low):
+        """Widen the ranges to hold `x`; a batch with a non-finite value is left out of them."""
+        rows = x.detach().movedim(self.channel_dim, -1).flatten(0, -2).float()
+        low, high = rows.amin(dim=0), rows.amax(dim=0)
+        if torch.isfinite(high - low).all():
             self.low.copy_(torch.minimum(self.low, low))
             self.high.copy_(torch.maximum(self.high, high))
 
     @torch.no_grad()
     def freeze_range(self) -> None:
-        """Turn the observed range into scale and zero point."""
-        scale = (self.high - self.low).clamp(min=1e-8) / 255
+        """Turn the observed ranges into one scale and zero point."""
+        low, high = self.low.min(), self.high.max()
+        scale = (high - low).clamp(min=1e-8) / 255
         self.log_scale.copy_(scale.log())
-        self.zero_point.copy_(torch.round(-self.low / scale).clamp(0, 255))
+        self.zero_point.copy_(torch.round(-low / scale).clamp(0, 255))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.mode == "observe":
@@ -659,11 +665,8 @@ class FakeInt8Linear(nn.Linear):
     @classmethod
     def from_float(cls, layer: nn.Linear) -> FakeInt8Linear:
         fake = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        fake.weight, fake.bias, fake.input_quantizer = (
-            layer.weight,
-            layer.bias,
-            InputQuantizer().to(layer.weight.device),
-        )
+        fake.weight, fake.bias = layer.weight, layer.bias
+        fake.input_quantizer = InputQuantizer(layer.in_features, channel_dim=-1).to(layer.weight.device)
         return fake
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -681,11 +684,8 @@ class FakeInt8Conv2d(nn.Conv2d):
             raise UsageError(f"a convolution pads by {layer.padding_mode}, {layer.padding}: --keep_float it")
         shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         fake = cls(*shape, layer.groups, layer.bias is not None, device="meta")
-        fake.weight, fake.bias, fake.input_quantizer = (
-            layer.weight,
-            layer.bias,
-            InputQuantizer().to(layer.weight.device),
-        )
+        fake.weight, fake.bias = layer.weight, layer.bias
+        fake.input_quantizer = InputQuantizer(layer.in_channels, channel_dim=1).to(layer.weight.device)
         return fake
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -877,8 +877,51 @@ def calibrate(
         if accelerator.num_processes > 1:
             torch.distributed.all_reduce(quantizer.low, op=torch.distributed.ReduceOp.MIN)
             torch.distributed.all_reduce(quantizer.high, op=torch.distributed.ReduceOp.MAX)
+    equalize(student)
+    for quantizer in input_quantizers(student):
         quantizer.freeze_range()
     logger.info(f"calibrated {len(input_quantizers(student))} activation ranges in {time.monotonic() - began:.0f} s")
+
+
+def equalize(unet: UNet2DConditionModel) -> None:
+    """Even out the channels of int8 layers' inputs, without changing what the UNet computes.
+
+    Where a layer's input comes from another layer or a norm with nothing but linear steps between, its channels
+    are divided by factors there and the layer's weights multiplied by them (SmoothQuant, arXiv 2211.10438,
+    equation 4 with alpha 0.5). A few large channels then no longer set the step size of all.
+    """
+    for block in unet.modules():
+        if isinstance(block, Transformer2DModel):
+            balance([block.norm.weight, block.norm.bias], [block.proj_in])
+        elif isinstance(block, BasicTransformerBlock):
+            own, cross, (gate, _, down) = block.attn1, block.attn2, block.ff.net
+            balance([block.norm1.weight, block.norm1.bias], [own.to_q, own.to_k, own.to_v])
+            balance([block.norm2.weight, block.norm2.bias], [cross.to_q])
+            balance([block.norm3.weight, block.norm3.bias], [gate.proj])
+            balance([own.to_v.weight], [own.to_out[0]])
+            balance([cross.to_v.weight], [cross.to_out[0]])
+            values = slice(down.in_features)  # GEGLU multiplies the first half, the values, by a gate of the second
+            balance([gate.proj.weight[values], gate.proj.bias[values]], [down])
+
+
+@torch.no_grad()
+def balance(producer: list[torch.Tensor], consumers: list[nn.Module]) -> None:
+    """Move scale, channel by channel, from the producer's rows [C, ...] to the consumers' columns [out, C, ...]."""
+    if not all(hasattr(layer, "input_quantizer") for layer in consumers):
+        return
+    quantizer = consumers[0].input_quantizer
+    activations = torch.maximum(-quantizer.low, quantizer.high)
+    weights = torch.stack([layer.weight.abs().transpose(0, 1).flatten(1).amax(dim=1) for layer in consumers]).amax(
+        dim=0
+    )
+    factors = (activations / weights).sqrt()
+    factors = torch.where((activations > 0) & (weights > 0), factors, torch.ones_like(factors))
+    for rows in producer:
+        rows.div_(factors.view(-1, *[1] * (rows.dim() - 1)))
+    for layer in consumers:
+        layer.weight.mul_(factors.view(1, -1, *[1] * (layer.weight.dim() - 2)))
+    quantizer.low.div_(factors)
+    quantizer.high.div_(factors)
 
 
 # ---------------------------------------------------------------- losses

@@ -81,8 +81,8 @@ def test_gradient_passes_straight_through_the_rounding_of_a_weight() -> None:
 
 
 def test_activation_rounding_error_is_at_most_half_a_scale_within_the_range() -> None:
-    quantizer = trainer.InputQuantizer()
-    x = torch.rand(1000) * 5 - 2
+    quantizer = trainer.InputQuantizer(channels=1, channel_dim=0)
+    x = torch.rand(1, 1000) * 5 - 2
     quantizer.observe(x)
     quantizer.freeze_range()
     quantizer.mode = "quantize"
@@ -106,10 +106,10 @@ def test_gradients_of_an_activation_follow_lsq() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_batch_does_not_enter_a_range(bad: float) -> None:
-    quantizer = trainer.InputQuantizer()
-    quantizer.observe(torch.tensor([-1.0, 2.0]))
-    quantizer.observe(torch.tensor([-50.0, bad, 70.0]))
-    assert (quantizer.low.item(), quantizer.high.item()) == (-1, 2)
+    quantizer = trainer.InputQuantizer(channels=2, channel_dim=-1)
+    quantizer.observe(torch.tensor([[-1.0, 2.0]]))
+    quantizer.observe(torch.tensor([[-50.0, bad], [70.0, 0.0]]))
+    assert (quantizer.low.tolist(), quantizer.high.tolist()) == ([-1, 0], [0, 2])
 
 
 def test_forward_passes_change_no_quantizer_state_outside_of_calibration() -> None:
@@ -157,6 +157,33 @@ def test_prepared_unet_computes_the_same_until_it_is_calibrated() -> None:
     torch.manual_seed(1)
     expected = tiny_unet()(*unet_inputs()).sample
     assert torch.equal(prepared_unet()(*unet_inputs()).sample, expected)
+
+
+def test_equalization_evens_out_outlier_channels_and_changes_nothing_in_float() -> None:
+    unet = prepared_unet()
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    with torch.no_grad():
+        for norm, layers in ((block.norm1, [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]),):
+            norm.weight[3] *= 200
+            for layer in layers:
+                layer.weight[:, 3] /= 200
+        block.ff.net[0].proj.weight[5] *= 50  # a channel of the values
+        block.ff.net[2].weight[:, 5] /= 50
+        expected = unet(*unet_inputs()).sample
+        trainer.set_mode(unet, "observe")
+        unet(*unet_inputs())
+        ranges = [block.attn1.to_q.input_quantizer, block.ff.net[2].input_quantizer]
+        before = [(quantizer.high.max() / quantizer.high.median()).item() for quantizer in ranges]
+        trainer.equalize(unet)
+        after = [(quantizer.high.max() / quantizer.high.median()).item() for quantizer in ranges]
+        trainer.set_mode(unet, "float")
+        assert torch.allclose(unet(*unet_inputs()).sample, expected, atol=1e-4 * expected.abs().max().item())
+        assert before[0] > 100 and before[1] > 20 and max(after) < 10
+        low = ranges[1].low.clone()
+        trainer.set_mode(unet, "observe")
+        ranges[1].low.zero_()
+        unet(*unet_inputs())  # the ranges that were divided are those that a second look would find
+        assert torch.allclose(ranges[1].low, low, rtol=1e-3, atol=1e-4)
 
 
 def test_convert_stores_int8_weights_and_half_precision_for_layers_kept_in_float() -> None:
