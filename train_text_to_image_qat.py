@@ -154,7 +154,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gradient_checkpointing", action="store_true", help="less memory for about a third more time")
     add("--learning_rate", type=float, default=1e-5, help="peak, for the weights")
     text = "peak, for the logarithms of the activation scales; 0 freezes them as calibrated"
-    add("--quantizer_learning_rate", type=float, default=1e-3, help=text)
+    add("--quantizer_learning_rate", type=float, default=1e-4, help=text)
     add("--scale_lr", action="store_true", help="multiply --learning_rate by processes x accumulation x batch size")
     schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
     add("--lr_scheduler", default="constant", choices=schedules, help="schedule over all steps")
