@@ -233,13 +233,18 @@ def kernels_are_exact() -> bool:
 # ---------------------------------------------------------------- reading quant_model.pt
 
 
+def quant_model_file(path: Path) -> Path:
+    """A folder stands for the quant_model.pt in it."""
+    return path / "quant_model.pt" if path.is_dir() else path
+
+
 def read_quant_model(path: Path) -> dict[str, Any]:
     """The checked contents of quant_model.pt; tensors stay on disk until they are used.
 
     Raises:
         UsageError: the file is missing, damaged, unsafe, of another kind or of a newer version.
     """
-    path = path / "quant_model.pt" if path.is_dir() else path
+    path = quant_model_file(path)
     if not path.is_file():
         raise UsageError(f"-qm {path}: no such file; train_text_to_image_qat.py writes it into its --output_dir")
     try:
@@ -529,8 +534,7 @@ def save_grid(images: list[Image.Image], name: str, facts: dict[str, Any], args:
 
 def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
     """What is true of every picture of this run."""
-    file = args.quantized_model_name_or_path
-    file = file / "quant_model.pt" if file is not None and file.is_dir() else file
+    file = args.quantized_model_name_or_path and quant_model_file(args.quantized_model_name_or_path)
     around = {torch.float32: "fp32", torch.bfloat16: "bf16"}[pipeline.vae.dtype]
     size = file.stat().st_size if file else sum(4 * parameter.numel() for parameter in pipeline.unet.parameters())
     return {

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +104,9 @@ def reset_accelerate() -> None:
     GradientState._reset_state()
 
 
-@pytest.fixture
-def train(model_dir: Path, data_dir: Path) -> Iterator[Callable[..., dict]]:
-    """Run the trainer inside this process; returns the contents of quant_model.pt."""
+@contextmanager
+def training_in_process(model_dir: Path, data_dir: Path) -> Iterator[Callable[..., dict]]:
+    """A function that runs the trainer inside this process; its signal handlers and state are undone afterwards."""
     import train_text_to_image_qat as trainer
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -125,22 +126,19 @@ def train(model_dir: Path, data_dir: Path) -> Iterator[Callable[..., dict]]:
     reset_accelerate()
 
 
+@pytest.fixture
+def train(model_dir: Path, data_dir: Path) -> Iterator[Callable[..., dict]]:
+    """Run the trainer with flags of one's own; returns the contents of quant_model.pt."""
+    with training_in_process(model_dir, data_dir) as run:
+        yield run
+
+
 @pytest.fixture(scope="session")
 def quant_model(model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """quant_model.pt of the tiny model, after two training steps."""
-    import train_text_to_image_qat as trainer
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     output_dir = tmp_path_factory.mktemp("quantized")
-    reset_accelerate()
-    trainer.main(
-        ["--pretrained_model_name_or_path", str(model_dir), "--train_data_dir", str(data_dir), "--report_to", "none"]
-        + ["--output_dir", str(output_dir), "--resolution", str(SIZE), "--train_batch_size", "2", "--use_cpu"]
-        + ["--calibration_steps", "6", "--max_train_steps", "2", "--mixed_precision", "no"]
-    )
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    reset_accelerate()
+    with training_in_process(model_dir, data_dir) as run:
+        run(output_dir, "--calibration_steps", "6", "--max_train_steps", "2")
     return output_dir / "quant_model.pt"
 
 
