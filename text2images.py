@@ -119,51 +119,59 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------- int8 layers
 #
 # The convention of quant_model.pt: a weight is worth q * weight_scale[out], q int8; an input is worth
-# (q - zero_point) * input_scale, q = clamp(round(x / input_scale) + zero_point, 0, 255), uint8.
+# (q - zero_point) * input_scale, q = clamp(round(x / input_factor[in] / input_scale) + zero_point, 0, 255), uint8.
+# The weights hold the input factors. A layer with int8 weights but no input_scale computes in float.
 
 
 class InputQuantizer:
     """Turns a layer's input into uint8; layers that read the same tensor share one, and it works once for all."""
 
-    def __init__(self, scale: float, zero_point: int) -> None:
+    def __init__(self, scale: float, zero_point: int, factor: torch.Tensor) -> None:
         self.scale, self.zero_point = scale, zero_point
+        self.steps = scale * factor  # of each channel; [C] or [C, 1, 1], to broadcast over the input
         self.seen: Any = lambda: None  # weak reference to the latest input
         self.levels = torch.empty(0)
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         if self.seen() is not x:
-            levels = x.to(torch.float32, copy=True).div_(self.scale).round_()
+            levels = x.to(torch.float32, copy=True).div_(self.steps).round_()
             self.levels = levels.add_(self.zero_point).clamp_(0, 255).to(torch.uint8)
             self.seen = weakref.ref(x)
         return self.levels
 
     def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
-        levels = torch.clamp(torch.round(x.float() / self.scale) + self.zero_point, 0, 255)
+        levels = torch.clamp(torch.round(x.float() / self.steps) + self.zero_point, 0, 255)
         return ((levels - self.zero_point) * self.scale).to(x.dtype)
+
+
+def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """int8 weight [out, ...] and scales [out] -> fp32."""
+    return weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))
 
 
 class Int8Layer(nn.Module):
     """What Int8Linear and Int8Conv2d have in common: the tensors of the file, and how they are made ready to run."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, groups: int = 1) -> None:
         super().__init__()
         self.register_buffer("weight", torch.empty(weight.shape, dtype=torch.int8, device="meta"))
         self.register_buffer("weight_scale", torch.empty(weight.shape[0], device="meta"))
         self.register_buffer("input_scale", torch.empty((), device="meta"))
         self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32, device="meta"))
+        self.register_buffer("input_factor", torch.empty(weight.shape[1] * groups, device="meta"))
         self.register_buffer("bias", None if bias is None else torch.empty(bias.shape, device="meta"))
         self.input_quantizer: InputQuantizer | None = None
 
     def make_ready(self, use_kernels: bool, dtype: torch.dtype, device: torch.device) -> None:
         """Pack the weight for the int8 kernel, or dequantize it for the reference path."""
         self.use_kernels, self.dtype = use_kernels, dtype
-        self.input_quantizer = InputQuantizer(self.input_scale.item(), self.input_zero_point.item())
+        factor = self.input_factor.view(-1, *[1] * (self.weight.dim() - 2)).to(device)
+        self.input_quantizer = InputQuantizer(self.input_scale.item(), self.input_zero_point.item(), factor)
         if use_kernels:
             self.zero_points = torch.zeros(len(self.weight_scale), dtype=torch.int32)
             self.weight = self.pack()
         else:
-            scale = self.weight_scale.view(-1, *[1] * (self.weight.dim() - 1))
-            self.weight = (self.weight.float() * scale).to(device, dtype)
+            self.weight = dequantize(self.weight, self.weight_scale).to(device, dtype)
             self.bias = None if self.bias is None else self.bias.to(device, dtype)
 
 
@@ -183,7 +191,7 @@ class Int8Linear(Int8Layer):
 
 class Int8Conv2d(Int8Layer):
     def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__(conv.weight, conv.bias)
+        super().__init__(conv.weight, conv.bias, conv.groups)
         self.geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
 
     def pack(self) -> torch.Tensor:
@@ -266,7 +274,7 @@ def read_quant_model(path: Path) -> dict[str, Any]:
     if not isinstance(state_dict, dict) or checksum(state_dict) != payload.get("checksum"):
         raise UsageError(f"-qm {path}: damaged, its checksum does not match; copy or train it again")
     for name, tensor in state_dict.items():
-        if name.endswith("_scale") and not (torch.isfinite(tensor).all() and (tensor > 0).all()):
+        if name.endswith(("_scale", "_factor")) and not (torch.isfinite(tensor).all() and (tensor > 0).all()):
             raise UsageError(f"-qm {path}: {name} is not a positive number; the training failed: train again")
     return payload
 
@@ -286,8 +294,10 @@ def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.d
     Raises:
         UsageError: the tensors do not fit the architecture that the file names.
     """
-    state_dict = payload["state_dict"]
-    int8_names = [name.removesuffix(".weight_scale") for name in state_dict if name.endswith(".weight_scale")]
+    state_dict = dict(payload["state_dict"])
+    int8_names = [name.removesuffix(".input_scale") for name in state_dict if name.endswith(".input_scale")]
+    weight_only = [name.removesuffix(".weight_scale") for name in state_dict if name.endswith(".weight_scale")]
+    weight_only = [name for name in weight_only if name not in set(int8_names)]
     try:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(payload["unet_config"])
@@ -296,6 +306,9 @@ def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.d
             layer = unet.get_submodule(name)
             int8 = Int8Conv2d(layer) if isinstance(layer, nn.Conv2d) else Int8Linear(layer.weight, layer.bias)
             setattr(unet.get_submodule(parent), child, int8)
+        for name in weight_only:
+            weight, scale = state_dict[f"{name}.weight"], state_dict.pop(f"{name}.weight_scale")
+            state_dict[f"{name}.weight"] = dequantize(weight, scale).to(dtype)
         unet.load_state_dict(state_dict, assign=True)
     except Exception as error:  # a wrong config fails inside diffusers in its own ways
         raise UsageError(f"quant_model.pt does not fit its own architecture: {str(error).splitlines()[0]}") from error
@@ -310,7 +323,10 @@ def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.d
     unet = unet.to(memory_format=torch.channels_last) if not use_kernels else unet
     path = "oneDNN int8 kernels" if use_kernels else "the reference path at float speed (no exact int8 kernels here)"
     layers = sum(isinstance(module, (nn.Linear, nn.Conv2d, Int8Layer)) for module in unet.modules())
-    logger.info(f"{len(int8_names)} of {layers} Linear and Conv2d layers in int8, by {path}")
+    logger.info(
+        f"{len(int8_names)} of {layers} Linear and Conv2d layers in int8, by {path}; "
+        f"{len(weight_only)} with int8 weights in float arithmetic"
+    )
     return unet.eval()
 
 

@@ -60,8 +60,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from neural_compressor.common.base_config import DEFAULT_WHITE_LIST, register_config
@@ -77,14 +75,17 @@ from transformers import CLIPTextModel, CLIPTokenizer
 logger = logging.getLogger("train")
 
 # Layers that cost little and hurt much when quantized: kept in float, and stored as fp16.
-DEFAULT_KEEP_FLOAT = [
-    "conv_in",
-    "conv_out",
-    "time_embedding",
+DEFAULT_KEEP_FLOAT = ["conv_in", "conv_out", "time_embedding"]
+# Layers whose inputs hurt when quantized, the weights not: int8 weights, float arithmetic. GEGLU's products and the
+# residual stream have the longest tails, and quantizing them would cost about what int8 arithmetic gains there.
+DEFAULT_WEIGHT_ONLY = [
     r".*\.time_emb_proj",
     r".*\.attn2\.to_[kv]",
     r".*\.conv_shortcut",
+    r".*\.proj_(in|out)",
+    r".*\.ff\.net\.2",
 ]
+SMOOTHING = 0.8  # share of an input channel's range that its weights take over (SmoothQuant's alpha)
 CALIBRATION_GUIDANCE = 7.5  # the guidance scale that pictures are painted with by default
 CALIBRATION_PICTURE_STEPS = 20  # denoising steps of a calibration picture: spread over all timesteps
 MAX_BAD_SHARE = 0.1  # stop when more than this share of the pictures cannot be read
@@ -133,8 +134,10 @@ def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("quantization").add_argument
-    text = "layers kept in float: patterns matched from the start of their names; with none given, every layer is int8"
-    add("--keep_float", nargs="*", metavar="REGEX", default=DEFAULT_KEEP_FLOAT, help=text)
+    text = "layers kept in float: patterns matched from the start of their names; giving any, or none, clears the "
+    add("--keep_float", nargs="*", metavar="REGEX", default=DEFAULT_KEEP_FLOAT, help=text + "other list")
+    text = "layers with int8 weights that compute in float, likewise"
+    add("--weight_only", nargs="*", metavar="REGEX", default=DEFAULT_WEIGHT_ONLY, help=text)
     add("--quantization_config", type=Path, metavar="FILE.json", help="a whole recipe, as quant_model.pt records it")
     add("--calibration_steps", type=int, default=100, help="UNet evaluations, while painting, that set the ranges")
     add = parser.add_argument_group("losses").add_argument
@@ -552,8 +555,9 @@ class MicroBatches(Sampler):
 #
 # The convention, written once:
 #   weights      int8, symmetric, one scale per output channel: q = round(w / scale), scale = absmax / 127
-#   activations  uint8, affine, one scale per tensor: q = clamp(round(x / scale) + zero_point, 0, 255)
-# A value is worth (q - zero_point) * scale. Outputs are not quantized.
+#   activations  uint8, affine, one scale per tensor: q = clamp(round(x / factor / scale) + zero_point, 0, 255)
+# A value is worth (q - zero_point) * scale; the weights hold the factors, one per input channel. Outputs are not
+# quantized.
 
 
 def weight_scales(weight: torch.Tensor) -> torch.Tensor:
@@ -592,46 +596,50 @@ class FakeQuantizeWeight(torch.autograd.Function):
 
 
 class FakeQuantizeActivation(torch.autograd.Function):
-    """Round to the uint8 grid and back, with a learned step size (LSQ, arXiv 1902.08153, equations 2 to 5).
+    """Divide by the channel factors, round to the uint8 grid and back, with a learned step size.
 
-    The step is learned as its logarithm, so that an optimizer step changes it by a ratio.
+    LSQ, arXiv 1902.08153, equations 2 to 5; the step is learned as its logarithm, so that an optimizer
+    step changes it by a ratio.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, log_scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, log_scale, zero_point)
+    def forward(
+        ctx: Any, x: torch.Tensor, factor: torch.Tensor, log_scale: torch.Tensor, zero_point: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, factor, log_scale, zero_point)
         scale = log_scale.exp()
-        levels = torch.clamp(torch.round(x.float() / scale) + zero_point, 0, 255)
+        levels = torch.clamp(torch.round(x.float() / (scale * factor)) + zero_point, 0, 255)
         return ((levels - zero_point) * scale).to(compute_dtype(x))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        x, log_scale, zero_point = ctx.saved_tensors
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor | None, None]:
+        x, factor, log_scale, zero_point = ctx.saved_tensors
         scale = log_scale.exp()
-        levels = torch.round(x.float() / scale) + zero_point
+        smooth = x.float() / factor
+        levels = torch.round(smooth / scale) + zero_point
         inside = (levels >= 0) & (levels <= 255)
         grad_log_scale = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             # d(quantized) / d(log scale): the rounding error inside the range, the clipped value outside of it
             quantized = (levels.clamp(0, 255) - zero_point) * scale
-            slope = torch.where(inside, quantized - x.float(), quantized)
+            slope = torch.where(inside, quantized - smooth, quantized)
             grad_log_scale = (grad.float() * slope).sum() / math.sqrt(x.numel() * 255)
-        return (grad * inside).to(x.dtype), grad_log_scale, None
+        return (grad * inside / factor).to(x.dtype), None, grad_log_scale, None
 
 
 class InputQuantizer(nn.Module):
     """The quantizer of one input tensor; layers that read the same tensor share one.
 
-    A forward pass changes its state in mode "observe" only, so gradient checkpointing, which runs
-    the forward pass twice, trains the same model as without it.
+    Only `observe` and `freeze_range` change its state, so gradient checkpointing, which runs the forward
+    pass twice, trains the same model as without it.
     """
 
     def __init__(self, channels: int, channel_dim: int) -> None:
         super().__init__()
         self.channel_dim = channel_dim
-        self.mode = "float"  # float: pass through; observe: also widen the range; quantize
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+        self.register_buffer("factor", torch.ones(channels))
         # observed per channel, [channels]; every range holds 0, as padding needs it
         self.register_buffer("low", torch.zeros(channels), persistent=False)
         self.register_buffer("high", torch.zeros(channels), persistent=False)
@@ -648,54 +656,66 @@ class InputQuantizer(nn.Module):
     @torch.no_grad()
     def freeze_range(self) -> None:
         """Turn the observed ranges into one scale and zero point."""
-        low, high = self.low.min(), self.high.max()
+        low, high = (self.low / self.factor).min(), (self.high / self.factor).max()
         scale = (high - low).clamp(min=1e-8) / 255
         self.log_scale.copy_(scale.log())
         self.zero_point.copy_(torch.round(-low / scale).clamp(0, 255))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.mode == "observe":
-            self.observe(x)
-        return FakeQuantizeActivation.apply(x, self.log_scale, self.zero_point) if self.mode == "quantize" else x
+        factor = self.factor if self.channel_dim == -1 else self.factor.view(-1, 1, 1)
+        return FakeQuantizeActivation.apply(x, factor, self.log_scale, self.zero_point)
 
 
-class FakeInt8Linear(nn.Linear):
+class FakeInt8:
+    """What FakeInt8Linear and FakeInt8Conv2d share: the step before the float arithmetic."""
+
+    mode = "float"  # float: as it was; observe: also widen the input's range; quantize
+
+    def quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input and weight as the int8 twin of this layer will use them."""
+        if self.mode == "observe" and self.input_quantizer is not None:
+            self.input_quantizer.observe(x)
+        if self.mode != "quantize":
+            return x, self.weight
+        return x if self.input_quantizer is None else self.input_quantizer(x), FakeQuantizeWeight.apply(self.weight)
+
+
+class FakeInt8Linear(FakeInt8, nn.Linear):
     """A Linear that computes what its int8 twin will, in float, with gradients."""
 
     @classmethod
-    def from_float(cls, layer: nn.Linear) -> FakeInt8Linear:
+    def from_float(cls, layer: nn.Linear, quantize_input: bool) -> FakeInt8Linear:
         fake = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         fake.weight, fake.bias = layer.weight, layer.bias
-        fake.input_quantizer = InputQuantizer(layer.in_features, channel_dim=-1).to(layer.weight.device)
+        quantizer = InputQuantizer(layer.in_features, channel_dim=-1).to(layer.weight.device)
+        fake.input_quantizer = quantizer if quantize_input else None
         return fake
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.input_quantizer(x)
-        weight = FakeQuantizeWeight.apply(self.weight) if self.input_quantizer.mode == "quantize" else self.weight
-        return F.linear(x, weight, self.bias)
+        return F.linear(*self.quantized(x), self.bias)
 
 
-class FakeInt8Conv2d(nn.Conv2d):
+class FakeInt8Conv2d(FakeInt8, nn.Conv2d):
     """A Conv2d that computes what its int8 twin will, in float, with gradients."""
 
     @classmethod
-    def from_float(cls, layer: nn.Conv2d) -> FakeInt8Conv2d:
+    def from_float(cls, layer: nn.Conv2d, quantize_input: bool) -> FakeInt8Conv2d:
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise UsageError(f"a convolution pads by {layer.padding_mode}, {layer.padding}: --keep_float it")
         shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         fake = cls(*shape, layer.groups, layer.bias is not None, device="meta")
         fake.weight, fake.bias = layer.weight, layer.bias
-        fake.input_quantizer = InputQuantizer(layer.in_channels, channel_dim=1).to(layer.weight.device)
+        quantizer = InputQuantizer(layer.in_channels, channel_dim=1).to(layer.weight.device)
+        fake.input_quantizer = quantizer if quantize_input else None
         return fake
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.input_quantizer(x)
-        weight = FakeQuantizeWeight.apply(self.weight) if self.input_quantizer.mode == "quantize" else self.weight
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(*self.quantized(x), self.bias)
 
 
 class Int8Weights(nn.Module):
-    """What is kept of a converted layer: weight int8, weight_scale [out], input_scale [], input_zero_point [], bias.
+    """What is kept of a converted layer: weight int8, weight_scale [out], bias, and where the input is quantized too
+    input_scale [], input_zero_point [], input_factor [in].
 
     It computes nothing: text2images.py builds the int8 layer that runs from these tensors.
     """
@@ -704,13 +724,14 @@ class Int8Weights(nn.Module):
     def from_fake(cls, layer: FakeInt8Linear | FakeInt8Conv2d) -> Int8Weights:
         stored = cls()
         weight, weight_scale = quantize_weight(layer.weight)
-        tensors = {
-            "weight": weight,
-            "weight_scale": weight_scale,
-            "input_scale": layer.input_quantizer.log_scale.detach().exp(),
-            "input_zero_point": layer.input_quantizer.zero_point.clone(),
-            "bias": None if layer.bias is None else layer.bias.detach(),
-        }
+        bias = None if layer.bias is None else layer.bias.detach()
+        tensors = {"weight": weight, "weight_scale": weight_scale, "bias": bias}
+        if (quantizer := layer.input_quantizer) is not None:
+            tensors |= {
+                "input_scale": quantizer.log_scale.detach().exp(),
+                "input_zero_point": quantizer.zero_point.clone(),
+                "input_factor": quantizer.factor.clone(),
+            }
         for name, tensor in tensors.items():
             stored.register_buffer(name, tensor)
         return stored
@@ -730,7 +751,7 @@ def share_input_quantizers(unet: nn.Module) -> None:
         if not hasattr(attention, "to_q"):
             continue
         readers = [attention.to_k, attention.to_v] + ([] if attention.is_cross_attention else [attention.to_q])
-        fakes = [layer for layer in readers if hasattr(layer, "input_quantizer")]
+        fakes = [layer for layer in readers if getattr(layer, "input_quantizer", None) is not None]
         for layer in fakes[1:]:
             layer.input_quantizer = fakes[0].input_quantizer
 
@@ -740,8 +761,9 @@ def input_quantizers(unet: nn.Module) -> list[InputQuantizer]:
 
 
 def set_mode(unet: nn.Module, mode: str) -> None:
-    for quantizer in input_quantizers(unet):
-        quantizer.mode = mode
+    for layer in unet.modules():
+        if isinstance(layer, FakeInt8):
+            layer.mode = mode
 
 
 # ---------------------------------------------------------------- the recipe: an Intel Neural Compressor configuration
@@ -749,7 +771,7 @@ def set_mode(unet: nn.Module, mode: str) -> None:
 
 @register_config(framework_name="torch", algo_name="sd_unet_int8")
 class Int8Config(TorchBaseConfig):
-    """Which layer gets which dtype.
+    """Which layer gets which dtypes: int8 and uint8, int8 and fp32 (weights only), fp32 and fp32 (kept in float).
 
     `set_local(pattern, KEEP_FLOAT)` keeps layers in float. A pattern is matched from the start of a
     layer's name (re.match); of several that match, the last one counts.
@@ -761,8 +783,8 @@ class Int8Config(TorchBaseConfig):
         self, w_dtype: str = "int8", act_dtype: str = "uint8", white_list: Any = DEFAULT_WHITE_LIST, **kwargs: Any
     ) -> None:
         super().__init__(white_list)
-        if (w_dtype, act_dtype) not in (("int8", "uint8"), ("fp32", "fp32")):
-            raise ValueError(f"w_dtype={w_dtype}, act_dtype={act_dtype}: use int8 and uint8, or fp32 and fp32")
+        if (w_dtype, act_dtype) not in (("int8", "uint8"), ("int8", "fp32"), ("fp32", "fp32")):
+            raise ValueError(f"w_dtype={w_dtype}, act_dtype={act_dtype}: use int8, uint8 or int8, fp32 or fp32, fp32")
         self.w_dtype, self.act_dtype = w_dtype, act_dtype
         self._post_init()
 
@@ -783,23 +805,23 @@ class Int8Config(TorchBaseConfig):
 
 
 KEEP_FLOAT = Int8Config(w_dtype="fp32", act_dtype="fp32")
+WEIGHT_ONLY = Int8Config(w_dtype="int8", act_dtype="fp32")
 
 
 @register_algo("sd_unet_int8")
 def int8_algorithm(unet: nn.Module, configs_mapping: dict, mode: Mode, **kwargs: Any) -> nn.Module:
     """PREPARE makes float layers fake-int8 ones; CONVERT makes those int8 tensors, and layers kept in float fp16."""
-    int8 = {name: kind for (name, kind), config in configs_mapping.items() if config.w_dtype == "int8"}
-    if mode == Mode.PREPARE:
-        for name, kind in int8.items():
-            swap(unet, name, FAKE_INT8[kind].from_float(unet.get_submodule(name)))
-        share_input_quantizers(unet)
-        return unet
-    for name, _ in configs_mapping:
+    for (name, kind), config in configs_mapping.items():
         layer = unet.get_submodule(name)
-        if name in int8:
+        if mode == Mode.PREPARE:
+            if config.w_dtype == "int8":
+                swap(unet, name, FAKE_INT8[kind].from_float(layer, quantize_input=config.act_dtype == "uint8"))
+        elif config.w_dtype == "int8":
             swap(unet, name, Int8Weights.from_fake(layer))
         elif layer.weight.abs().max() < torch.finfo(torch.float16).max:  # bf16 is as small and 8 times coarser
             layer.weight = nn.Parameter(layer.weight.detach().half(), requires_grad=False)
+    if mode == Mode.PREPARE:
+        share_input_quantizers(unet)
     return unet
 
 
@@ -809,7 +831,12 @@ def recipe(args: argparse.Namespace, unet: UNet2DConditionModel) -> Int8Config:
     Raises:
         UsageError: a pattern of the user's matches no layer, or nothing is left to quantize.
     """
-    default = args.keep_float is DEFAULT_KEEP_FLOAT and args.quantization_config is None
+    keep_float, weight_only = args.keep_float, args.weight_only
+    if keep_float is not DEFAULT_KEEP_FLOAT and weight_only is DEFAULT_WEIGHT_ONLY:
+        weight_only = []
+    elif weight_only is not DEFAULT_WEIGHT_ONLY and keep_float is DEFAULT_KEEP_FLOAT:
+        keep_float = []
+    default = keep_float is DEFAULT_KEEP_FLOAT and args.quantization_config is None
     if args.quantization_config is not None:
         try:
             config = Int8Config.from_dict(json.loads(args.quantization_config.read_text(encoding="utf-8")))
@@ -817,7 +844,9 @@ def recipe(args: argparse.Namespace, unet: UNet2DConditionModel) -> Int8Config:
             raise UsageError(f"--quantization_config {args.quantization_config}: {first_line(error)}") from error
     else:
         config = Int8Config()
-        for pattern in args.keep_float:
+        for pattern in weight_only:
+            config.set_local(pattern, WEIGHT_ONLY)
+        for pattern in keep_float:
             config.set_local(pattern, KEEP_FLOAT)
     layers = config.get_model_info(unet)
     for pattern in config.local_config:
@@ -828,10 +857,12 @@ def recipe(args: argparse.Namespace, unet: UNet2DConditionModel) -> Int8Config:
         if not matches and not default:  # a UNet may lack a kind of layer, but a typing error should not pass
             raise UsageError(f"layer pattern {pattern!r} matches none of the UNet's layers, such as {layers[-1][0]}")
     mapping = config.to_config_mapping(model_info=layers)
-    int8 = sum(layer.w_dtype == "int8" for layer in mapping.values())
-    if not int8:
+    kinds = [(layer.w_dtype, layer.act_dtype) for layer in mapping.values()]
+    int8, weights = kinds.count(("int8", "uint8")), kinds.count(("int8", "fp32"))
+    if not int8 + weights:
         raise UsageError("every layer is kept in float: there is nothing to quantize")
-    logger.info(f"{int8} of {len(layers)} Linear and Conv2d layers in int8, {len(layers) - int8} kept in float")
+    rest = f"{weights} with int8 weights only, {len(layers) - int8 - weights} kept in float"
+    logger.info(f"{int8} of {len(layers)} Linear and Conv2d layers in int8, {rest}")
     return config
 
 
@@ -877,51 +908,34 @@ def calibrate(
         if accelerator.num_processes > 1:
             torch.distributed.all_reduce(quantizer.low, op=torch.distributed.ReduceOp.MIN)
             torch.distributed.all_reduce(quantizer.high, op=torch.distributed.ReduceOp.MAX)
-    equalize(student)
+    smooth(student)
     for quantizer in input_quantizers(student):
         quantizer.freeze_range()
     logger.info(f"calibrated {len(input_quantizers(student))} activation ranges in {time.monotonic() - began:.0f} s")
 
 
-def equalize(unet: UNet2DConditionModel) -> None:
-    """Even out the channels of int8 layers' inputs, without changing what the UNet computes.
-
-    Where a layer's input comes from another layer or a norm with nothing but linear steps between, its channels
-    are divided by factors there and the layer's weights multiplied by them (SmoothQuant, arXiv 2211.10438,
-    equation 4 with alpha 0.5). A few large channels then no longer set the step size of all.
-    """
-    for block in unet.modules():
-        if isinstance(block, Transformer2DModel):
-            balance([block.norm.weight, block.norm.bias], [block.proj_in])
-        elif isinstance(block, BasicTransformerBlock):
-            own, cross, (gate, _, down) = block.attn1, block.attn2, block.ff.net
-            balance([block.norm1.weight, block.norm1.bias], [own.to_q, own.to_k, own.to_v])
-            balance([block.norm2.weight, block.norm2.bias], [cross.to_q])
-            balance([block.norm3.weight, block.norm3.bias], [gate.proj])
-            balance([own.to_v.weight], [own.to_out[0]])
-            balance([cross.to_v.weight], [cross.to_out[0]])
-            values = slice(down.in_features)  # GEGLU multiplies the first half, the values, by a gate of the second
-            balance([gate.proj.weight[values], gate.proj.bias[values]], [down])
-
-
 @torch.no_grad()
-def balance(producer: list[torch.Tensor], consumers: list[nn.Module]) -> None:
-    """Move scale, channel by channel, from the producer's rows [C, ...] to the consumers' columns [out, C, ...]."""
-    if not all(hasattr(layer, "input_quantizer") for layer in consumers):
-        return
-    quantizer = consumers[0].input_quantizer
-    activations = torch.maximum(-quantizer.low, quantizer.high)
-    weights = torch.stack([layer.weight.abs().transpose(0, 1).flatten(1).amax(dim=1) for layer in consumers]).amax(
-        dim=0
-    )
-    factors = (activations / weights).sqrt()
-    factors = torch.where((activations > 0) & (weights > 0), factors, torch.ones_like(factors))
-    for rows in producer:
-        rows.div_(factors.view(-1, *[1] * (rows.dim() - 1)))
-    for layer in consumers:
-        layer.weight.mul_(factors.view(1, -1, *[1] * (layer.weight.dim() - 2)))
-    quantizer.low.div_(factors)
-    quantizer.high.div_(factors)
+def smooth(unet: nn.Module) -> None:
+    """Choose the channel factors, and multiply the weights that follow by them.
+
+    A few large channels then no longer set the step size of all (SmoothQuant, arXiv 2211.10438, equation 4). There
+    the factors are folded into the norm before; here the quantizer divides by them, which costs nothing either, as
+    it divides by its scale anyway, and works behind any operation.
+    """
+    readers: dict[InputQuantizer, list[nn.Module]] = {}
+    for layer in unet.modules():
+        if isinstance(layer, FakeInt8) and layer.input_quantizer is not None:
+            readers.setdefault(layer.input_quantizer, []).append(layer)
+    for quantizer, layers in readers.items():
+        inputs = torch.maximum(-quantizer.low, quantizer.high)
+        weights = torch.stack([layer.weight.abs().transpose(0, 1).flatten(1).amax(dim=1) for layer in layers])
+        weights = weights.amax(dim=0)
+        log_factor = SMOOTHING * inputs.log() - (1 - SMOOTHING) * weights.log()
+        used = torch.isfinite(log_factor)  # a channel that is always 0, or never counts, has no say
+        log_factor = torch.where(used, log_factor - log_factor[used].mean(), 0.0)
+        quantizer.factor.copy_(log_factor.exp())
+        for layer in layers:
+            layer.weight.mul_(quantizer.factor.view(1, -1, *[1] * (layer.weight.dim() - 2)))
 
 
 # ---------------------------------------------------------------- losses
@@ -1231,9 +1245,9 @@ def save_checkpoint(trainer: Trainer, args: argparse.Namespace) -> None:
 # Settings that the rest of a run depends on: with another value, a resumed run would not be the same run.
 RESUME_SETTINGS = (
     "pretrained_model_name_or_path train_data_dir dataset_name max_train_samples resolution center_crop random_flip "
-    "proportion_empty_prompts keep_float quantization_config kd_weight task_weight feature_kd_weight snr_gamma "
-    "train_batch_size gradient_accumulation_steps learning_rate quantizer_learning_rate lr_scheduler lr_warmup_steps "
-    "max_grad_norm use_ema seed"
+    "proportion_empty_prompts keep_float weight_only quantization_config kd_weight task_weight feature_kd_weight "
+    "snr_gamma train_batch_size gradient_accumulation_steps learning_rate quantizer_learning_rate lr_scheduler "
+    "lr_warmup_steps max_grad_norm use_ema seed"
 ).split()
 
 
