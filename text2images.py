@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import logging
 import math
 import os
-import pickle
+import pickletools
 import re
+import reprlib
+import struct
 import sys
 import time
 import weakref
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,6 +244,16 @@ def kernels_are_exact() -> bool:
 
 # ---------------------------------------------------------------- reading quant_model.pt
 
+# All that the pickle inside may name; torch.load(weights_only=True) would also allow, say, bytearray(10**12).
+PICKLE_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+PICKLE_NAMES |= {f"torch {kind}Storage" for kind in ("Char", "Int", "Half", "BFloat16", "Float")}
+MAX_INDEX_BYTES, MAX_OPCODES = 1 << 20, 100_000  # of the pickle; that of SD 1.5 has 0.2 MiB and 40,000
+TRAILER = struct.Struct("<4s 36x Q Q 4s 4x Q 4x 4s 18x")  # zip64 end record, its locator, end record
+NOT_OURS = (
+    "a state dict or model such as Intel's original example wrote, which does not hold what an int8 UNet needs: "
+    "train again with train_text_to_image_qat.py"
+)
+
 
 def quant_model_file(path: Path) -> Path:
     """A folder stands for the quant_model.pt in it."""
@@ -256,27 +270,98 @@ def read_quant_model(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"-qm {path}: no such file; train_text_to_image_qat.py writes it into its --output_dir")
     try:
-        payload = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise UsageError(f"-qm {path}: not loaded, as it is no plain file of tensors and could run code") from error
-    except Exception as error:  # the reader fails in many ways on a file that is cut short or not a zip archive
+        foreign = foreign_names(path)
+        payload = None if foreign else torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except PermissionError as error:
+        raise UsageError(f"-qm {path}: {error.strerror}; change its rights") from error
+    except Exception as error:  # the readers fail in many ways on a file that is cut short or not a zip archive
         raise UsageError(f"-qm {path}: damaged or not a quant_model.pt; copy or train it again") from error
-    if not isinstance(payload, dict) or payload.get("format") != "sd-unet-int8":
-        if isinstance(payload, dict) and payload and all(isinstance(key, str) and "." in key for key in payload):
-            raise UsageError(
-                f"-qm {path}: a bare state dict, such as Intel's original example wrote; it does not hold what an "
-                "int8 UNet needs: train again with train_text_to_image_qat.py"
-            )
+    if "torch._utils _rebuild_qtensor" in foreign:
+        raise UsageError(f"-qm {path}: {NOT_OURS}")
+    if foreign:
+        raise UsageError(
+            f"-qm {path}: not loaded, as it is no plain file of tensors and could run code (it names "
+            f"{shown(max(foreign))}); train again with train_text_to_image_qat.py"
+        )
+    if type(payload) is not dict or payload.get("format") != "sd-unet-int8":
+        if isinstance(payload, dict) and any(isinstance(key, str) and "." in key for key in payload):
+            raise UsageError(f"-qm {path}: {NOT_OURS}")
         raise UsageError(f"-qm {path}: not a quant_model.pt of train_text_to_image_qat.py")
-    if payload.get("format_version") != 1:
-        raise UsageError(f"-qm {path}: format version {payload.get('format_version')}; this script reads 1: update it")
-    state_dict = payload.get("state_dict")
-    if not isinstance(state_dict, dict) or checksum(state_dict) != payload.get("checksum"):
-        raise UsageError(f"-qm {path}: damaged, its checksum does not match; copy or train it again")
-    for name, tensor in state_dict.items():
-        if name.endswith(("_scale", "_factor")) and not (torch.isfinite(tensor).all() and (tensor > 0).all()):
-            raise UsageError(f"-qm {path}: {name} is not a positive number; the training failed: train again")
+    version = payload.get("format_version")
+    if type(version) is not int or version != 1:
+        raise UsageError(f"-qm {path}: format version {shown(version)}; this script reads 1: update it")
+    problem = problem_of_contents(payload, path.stat().st_size)
+    if problem:
+        raise UsageError(f"-qm {path}: {problem}")
     return payload
+
+
+def foreign_names(path: Path) -> set[str]:
+    """What the file's pickle names beyond PICKLE_NAMES; nothing of it is loaded.
+
+    What torch.load makes of a file that passes takes no more time and memory than the file's size calls for:
+    records are stored as they are, and the pickle is short and builds each container once.
+
+    Raises:
+        ValueError, zipfile.BadZipFile and others: no archive that torch.save wrote.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - TRAILER.size))
+        end, directory_size, directory, locator, end_at, last = TRAILER.unpack(file.read())
+    # Zip readers disagree on odd trailers; with this one they all see the same directory.
+    if (end, locator, last, end_at) != (b"PK\6\6", b"PK\6\7", b"PK\5\6", size - TRAILER.size):
+        raise ValueError("no trailer of torch.save")
+    if directory + directory_size != end_at or directory_size > MAX_INDEX_BYTES:
+        raise ValueError("no directory of torch.save")
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(record.compress_type or record.file_size != record.compress_size for record in records):
+            raise ValueError("compressed records")
+        (pickled,) = (record for record in records if record.filename.lower().endswith("data.pkl"))
+        if pickled.file_size > MAX_INDEX_BYTES:
+            raise ValueError("pickle too long")
+        data = archive.read(pickled)
+    names, memo, previous = set(), {}, ""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if opcode.name == "GLOBAL":
+            names.add(argument)
+        elif opcode.name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = previous
+        elif opcode.name in ("BINGET", "LONG_BINGET") and memo.get(argument) not in ("BINUNICODE", "GLOBAL"):
+            raise ValueError("a container that is used twice: nested, it would take for ever")
+        if count > MAX_OPCODES:
+            raise ValueError("pickle too long")
+        previous = opcode.name
+    return names - PICKLE_NAMES
+
+
+def problem_of_contents(payload: dict[str, Any], file_size: int) -> str | None:
+    """What is wrong with the values of a file that has the right format, None if nothing is."""
+    state_dict, config = payload.get("state_dict"), payload.get("unet_config")
+    if type(state_dict) is not dict or type(config) is not dict:
+        return "damaged, it has no state_dict or no unet_config; copy or train it again"
+    for name, tensor in state_dict.items():
+        plain = type(name) is str and re.fullmatch(r"[\w.]{1,200}", name, re.ASCII) and type(tensor) is torch.Tensor
+        if not plain or tensor.requires_grad or not tensor.is_contiguous():
+            return f"damaged, {shown(name)} is no plain tensor; copy or train it again"
+    if sum(tensor.nbytes for tensor in state_dict.values()) > file_size:
+        return "damaged, its tensors claim more than the file holds; copy or train it again"
+    if checksum(state_dict) != payload.get("checksum"):
+        return "damaged, its checksum does not match; copy or train it again"
+    for name, tensor in state_dict.items():
+        if name.endswith(("_scale", "_factor")) and not (torch.isfinite(tensor) & (tensor > 0)).all():
+            return f"{name} is not a positive number; the training failed: train again"
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return f"{name} holds values that are not finite; the training failed: train again"
+        if name.endswith("_zero_point") and not ((tensor >= 0) & (tensor <= 255)).all():
+            return f"{name} is not within 0..255; the training failed: train again"
+    return None
+
+
+def shown(value: Any) -> str:
+    """A value out of a file, fit for one line, whatever its size and nesting."""
+    return ascii(value[:200]) if isinstance(value, str) else reprlib.repr(value)
 
 
 def checksum(state_dict: dict[str, torch.Tensor]) -> str:
@@ -294,21 +379,26 @@ def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.d
     Raises:
         UsageError: the tensors do not fit the architecture that the file names.
     """
-    state_dict = dict(payload["state_dict"])
+    state_dict, config = dict(payload["state_dict"]), payload["unet_config"]
     int8_names = [name.removesuffix(".input_scale") for name in state_dict if name.endswith(".input_scale")]
     weight_only = [name.removesuffix(".weight_scale") for name in state_dict if name.endswith(".weight_scale")]
     weight_only = [name for name in weight_only if name not in set(int8_names)]
     try:
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(payload["unet_config"])
+            unet = UNet2DConditionModel.from_config({key: config[key] for key in unet_defaults() if key in config})
         for name in int8_names:
             parent, _, child = name.rpartition(".")
             layer = unet.get_submodule(name)
+            if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+                raise ValueError(f"{name} is neither Linear nor Conv2d")
             int8 = Int8Conv2d(layer) if isinstance(layer, nn.Conv2d) else Int8Linear(layer.weight, layer.bias)
             setattr(unet.get_submodule(parent), child, int8)
         for name in weight_only:
             weight, scale = state_dict[f"{name}.weight"], state_dict.pop(f"{name}.weight_scale")
+            if weight.dtype != torch.int8 or scale.shape != weight.shape[:1]:
+                raise ValueError(f"{name}.weight_scale does not fit its weight")
             state_dict[f"{name}.weight"] = dequantize(weight, scale).to(dtype)
+        check_fit(state_dict, unet.state_dict(), set(int8_names))
         unet.load_state_dict(state_dict, assign=True)
     except Exception as error:  # a wrong config fails inside diffusers in its own ways
         raise UsageError(f"quant_model.pt does not fit its own architecture: {str(error).splitlines()[0]}") from error
@@ -328,6 +418,28 @@ def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.d
         f"{len(weight_only)} with int8 weights in float arithmetic"
     )
     return unet.eval()
+
+
+def check_fit(state_dict: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], int8_names: set[str]) -> None:
+    """Raise ValueError unless each tensor of the UNet, and no other, is there with its shape and kind."""
+    if not int8_names:
+        raise ValueError("not one layer is int8")
+    for name in sorted(wanted.keys() | state_dict.keys()):
+        if name not in state_dict or name not in wanted:
+            raise ValueError(f"{name} is {'missing' if name in wanted else 'not part of it'}")
+        ours, theirs = state_dict[name], wanted[name]
+        same_kind = ours.is_floating_point() and theirs.is_floating_point() or ours.dtype == theirs.dtype
+        if name.rpartition(".")[0] in int8_names:  # the kernels read these bytes as they are
+            same_kind = ours.dtype == theirs.dtype
+        if not same_kind or ours.shape != theirs.shape:
+            stored, needed = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (ours, theirs))
+            raise ValueError(f"{name} is {stored}, not {needed}")
+
+
+def unet_defaults() -> dict[str, Any]:
+    """All that configures a UNet, with the values it has where a config.json does not say."""
+    parameters = inspect.signature(UNet2DConditionModel.__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
 
 
 def share_input_quantizers(unet: UNet2DConditionModel) -> None:
@@ -390,15 +502,20 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
 
 
 def check_architecture(payload: dict[str, Any], base_config: dict[str, Any], name: str) -> None:
-    """A file trained from one architecture must not be painted with by another's text encoder and VAE."""
-    for key in ("in_channels", "out_channels", "cross_attention_dim", "block_out_channels", "layers_per_block"):
-        ours, theirs = payload["unet_config"].get(key), base_config.get(key)
-        ours, theirs = (list(value) if isinstance(value, tuple) else value for value in (ours, theirs))
-        if ours != theirs:
-            trained = payload.get("base_model")
+    """The file's UNet must be the checkpoint's: its text encoder and VAE fit no other, and no other gets built."""
+    for key, default in unet_defaults().items():
+        ours, theirs = payload["unet_config"].get(key, default), base_config.get(key, default)
+        if not same_setting(ours, theirs):
             raise UsageError(
-                f"-qm was trained from {trained}, whose UNet has {key} {ours}; that of -m {name} has {theirs}"
+                f"-qm was trained from {shown(payload.get('base_model'))}, whose UNet has {key} {shown(ours)}; "
+                f"that of -m {name} has {shown(theirs)}"
             )
+
+
+def same_setting(ours: Any, theirs: Any) -> bool:
+    if isinstance(theirs, (list, tuple)):  # JSON has no tuples
+        return isinstance(ours, (list, tuple)) and len(ours) == len(theirs) and all(map(same_setting, ours, theirs))
+    return type(ours) in (type(None), bool, int, float, str) and ours == theirs
 
 
 # The sampler works in fp32 whatever the UNet computes in: its many small steps would lose bits in bf16.
