@@ -60,6 +60,9 @@ SCHEDULERS = {
     "heun": "HeunDiscreteScheduler",
 }
 MAX_NAME_BYTES = 150  # of the caption in a file name; file systems allow 255 for the whole
+# Separators, what Windows forbids, control characters, and marks that turn the direction of the text around.
+NOT_IN_NAMES = r"[\\/:*?\"<>|\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]+"
+WINDOWS_DEVICES = r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\xb9\xb2\xb3])\s*(\.|$)"
 
 
 class UsageError(Exception):
@@ -106,6 +109,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"--captions_file {args.captions_file}: {error}")
         args.captions = [*args.captions, *(line.strip() for line in lines if line.strip())]
+    if any("\ud800" <= letter <= "\udfff" for caption in args.captions for letter in caption):
+        parser.error("--captions must be UTF-8")
     if not args.captions:
         parser.error("nothing to paint: give -c CAPTION or --captions_file FILE")
     for name in ("images_num", "num_inference_steps", "batch_size"):
@@ -609,9 +614,10 @@ def peak_memory_gib() -> float:
 
 
 def safe_name(caption: str) -> str:
-    """A caption as a file name: no separators or control characters, no leading dot, cut by bytes."""
-    name = re.sub(r"[\\/:*?\"<>|\x00-\x1f\x7f\u2028\u2029]+", " ", caption).strip(" .")
-    name = name.encode("utf-8", "ignore")[:MAX_NAME_BYTES].decode("utf-8", "ignore").strip(" .")
+    """A caption as a file name on any system: one component that is not hidden, cut by bytes."""
+    name = re.sub(NOT_IN_NAMES, " ", caption.encode("utf-8", "ignore").decode()).strip(" .")
+    name = f"_{name}" if re.match(WINDOWS_DEVICES, name, re.IGNORECASE) else name
+    name = name.encode()[:MAX_NAME_BYTES].decode("utf-8", "ignore").strip(" .")
     return name or "untitled"
 
 

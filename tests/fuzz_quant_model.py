@@ -114,7 +114,7 @@ def mutate_payload(payload: dict[str, Any], rng: random.Random) -> Any:
     """A tensor, a name, a setting of the UNet or a field changed; the checksum is made right more often than not."""
     payload = {**payload, "state_dict": {**payload["state_dict"]}, "unet_config": {**payload["unet_config"]}}
     for _ in range(rng.choice([1, 1, 1, 3])):
-        part = rng.choice([payload["state_dict"], payload["state_dict"], payload["unet_config"], payload])
+        part = rng.choice([*[payload.get("state_dict")] * 2, payload.get("unet_config"), payload])
         if type(part) is not dict or not part:
             continue
         key = rng.choice(list(part))

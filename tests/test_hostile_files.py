@@ -9,6 +9,7 @@ import random
 import struct
 import subprocess
 import sys
+import unicodedata
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -256,3 +257,48 @@ def test_fuzzed_quant_models_are_refused_or_harmless(model_dir: Path, quant_mode
 def test_fuzzed_quant_models_for_ten_minutes(model_dir: Path, quant_model: Path) -> None:
     outcomes = fuzz(600, 10**6, model_dir, quant_model)
     assert outcomes["executions"] > 1000 and outcomes["accepted, with a new checksum"] > 10
+
+
+# ---------------------------------------------------------------- captions are data
+
+
+NASTY = ["..", "/", "\\", "~", ":", "|", ".", " ", "\0", "\n", "\x1b[2J", "\x85", "\u2028", "\u202e", "\u2066"]
+NASTY += ["\ufeff", "\ud83d", "\U0001f40e", "\u200d", "a", "\u00e9", "e\u0301", "\u65e5\u672c" * 40, "x" * 140]
+NASTY += ["con", "NUL", "com1", "LPT\u00b9", "conin$", ".png", "C:", "%2e%2e", "$HOME", "-rf", "_", "*", "?", '"', "<"]
+NASTY += [">", "\t", "\u00a0"]
+DEVICES = ("CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "COM1", "LPT1", "LPT\u00b9")  # reserved on Windows
+
+
+def test_no_caption_leaves_the_folder_or_makes_a_name_that_a_system_refuses(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    captions = [*NASTY, *("".join(rng.choices(NASTY, k=rng.randrange(1, 9))) for _ in range(1500))]
+    for count, caption in enumerate(captions):
+        name = text2images.safe_name(caption)
+        assert 0 < len(name.encode()) <= 150, ascii(caption)  # also: no half of a surrogate pair
+        assert name == name.strip(" .") and not set(name) & set('/\\:*?"<>|'), ascii(caption)
+        assert not any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name), ascii(caption)
+        assert not any(unicodedata.bidirectional(letter)[:2] in ("RL", "LR", "PD", "FS") for letter in name)
+        stem = name.split(".")[0].rstrip().upper()
+        assert stem not in DEVICES, ascii(caption)
+        assert text2images.safe_name(name) == name
+        path = text2images.free_path(tmp_path, f"{name} fp32 seed 42")
+        assert path.parent == tmp_path and path.resolve().parent == tmp_path.resolve() and not path.exists()
+        if count % 10 == 0:
+            path.touch()
+    assert len(list(tmp_path.iterdir())) == len(captions[::10])
+
+
+def test_captions_that_are_not_utf8_are_refused(capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        text2images.parse_args(["-m", "x", "-c", os.fsdecode(b"caf\xe9")])
+    assert left.value.code == 2 and "--captions must be UTF-8" in capsys.readouterr().err
+
+
+def test_a_caption_of_any_kind_is_painted_and_told_as_it_was(model_dir: Path, tmp_path: Path) -> None:
+    captions = ["../../x", "nul\0byte", "\u202egnp.exe", "con.txt", "x" * 100_000, "\x1b[2J", "{0}%s$HOME`id`"]
+    flags = ["--num_inference_steps", "1", "--batch_size", str(len(captions)), "--output_dir", str(tmp_path / "out")]
+    text2images.main(["-m", str(model_dir), "-c", *captions, *flags])
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["caption"] for row in rows] == captions
+    assert all((tmp_path / "out" / row["file"]).is_file() for row in rows)
+    assert os.listdir(tmp_path) == ["out"] and len(os.listdir(tmp_path / "out")) == 2 * len(captions) + 1
