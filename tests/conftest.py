@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -120,7 +121,8 @@ def training_in_process(model_dir: Path, data_dir: Path) -> Iterator[Callable[..
         )
         return torch.load(output_dir / "quant_model.pt", weights_only=True)
 
-    yield run
+    with mock.patch.object(trainer, "use_all_cores"):  # it would undo the one thread of the tests
+        yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
     reset_accelerate()

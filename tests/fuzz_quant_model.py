@@ -48,9 +48,11 @@ def read_archive(path: Path) -> tuple[bytes, dict[str, bytes]]:
 
 
 def with_checksum(payload: dict[str, Any]) -> dict[str, Any]:
-    """What a hostile author would do; a state dict without a checksum keeps its old one."""
+    """What a hostile author would do; a state dict that has no checksum, or takes gigabytes for one, keeps its own."""
     try:
-        return {**payload, "checksum": text2images.checksum(payload["state_dict"])}
+        state_dict = payload["state_dict"]
+        assert sum(tensor.nbytes for tensor in state_dict.values()) < 2**28
+        return {**payload, "checksum": text2images.checksum(state_dict)}
     except Exception:
         return payload
 
@@ -166,7 +168,7 @@ class Target:
         except text2images.UsageError as error:
             message = str(error)
             assert message.isprintable() and len(message) < 800, message
-            return re.sub(r"(\w+\.)+\w+|'.*'|/\S+|\d+", "_", message)[:60]
+            return re.sub(r"(\w+\.)+\w+|'.*'|/\S+|\d+", "_", message)[:38]
         original = self.payload["state_dict"]
         same = state_dict.keys() == original.keys() and all(
             torch.equal(tensor, original[name]) for name, tensor in state_dict.items()

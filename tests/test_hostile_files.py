@@ -9,6 +9,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 import unicodedata
 import zipfile
 from collections import OrderedDict
@@ -16,12 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL.EpsImagePlugin
+import PIL.Image
 import pytest
 import torch
 import torch.nn as nn
 
 import text2images
-from conftest import ROOT, run_command, tiny_unet
+import train_text_to_image_qat as trainer
+from conftest import ROOT, run_command, tiny_pipeline, tiny_unet
 from fuzz_quant_model import read_archive, with_checksum, write_archive
 from text2images import UsageError
 
@@ -302,3 +306,70 @@ def test_a_caption_of_any_kind_is_painted_and_told_as_it_was(model_dir: Path, tm
     assert [row["caption"] for row in rows] == captions
     assert all((tmp_path / "out" / row["file"]).is_file() for row in rows)
     assert os.listdir(tmp_path) == ["out"] and len(os.listdir(tmp_path / "out")) == 2 * len(captions) + 1
+
+
+# ---------------------------------------------------------------- what the trainer reads
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 200_000, "recursion"),
+        ('{"local": {"conv_in": 5}}', "recipe.json"),
+        ('{"global": {"white_list": [7]}}', "'7' matches none"),
+        ('{"local": {"(([a-z_0-9.]+)+)+!": {}}}', "could take for ever"),
+        ('{"local": {".*.*.*.*.*.*!": {}}}', "could take for ever"),
+        ('{"local": {".?.?.?.?.?.?.?.?.?.?.?.?.?.?.?.?!": {}}}', "could take for ever"),
+    ],
+)
+def test_hostile_recipes_are_refused_in_time(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "recipe.json").write_text(text)
+    flags = ["--pretrained_model_name_or_path", "x", "--dataset_name", "y"]
+    args = trainer.parse_args([*flags, "--quantization_config", str(tmp_path / "recipe.json")])
+    began = time.monotonic()
+    with pytest.raises(trainer.UsageError, match=message):
+        trainer.recipe(args, tiny_unet())
+    assert time.monotonic() - began < 5
+
+
+def test_damaged_checkpoints_are_named_before_anything_is_trained(train, tmp_path: Path) -> None:
+    flags = ["--max_train_steps", "1", "--checkpointing_steps", "1"]
+    train(tmp_path, *flags)
+    state, settings = tmp_path / "checkpoint-1" / "state.pt", tmp_path / "checkpoint-1" / "settings.json"
+    good, trace = {path: path.read_bytes() for path in (state, settings)}, tmp_path / "was here"
+    flipped = bytearray(good[state])
+    flipped[len(flipped) // 2] ^= 1  # in the middle of a weight: only the sum of the record tells
+    damaged = [(state, bytes(flipped), "state.pt is damaged"), (state, good[state][:-5000], "state.pt is damaged")]
+    damaged += [(state, pickle.dumps(Call(Path.touch, trace), 2), "state.pt is damaged")]
+    damaged += [
+        (settings, text, "settings.json is damaged") for text in (b"", b"{", b"[1]", b"[" * 200_000, b"\xff", b"7")
+    ]
+    damaged += [(settings, b"{}", "written with other settings"), (settings, None, "settings.json is damaged")]
+    for path, data, message in damaged:
+        path.write_bytes(data) if data is not None else path.unlink()
+        with pytest.raises(trainer.UsageError, match=message):
+            train(tmp_path, *flags, "--resume_from_checkpoint", "latest")
+        path.write_bytes(good[path])
+    assert not trace.exists()
+    train(tmp_path, *flags, "--resume_from_checkpoint", "latest")
+
+
+@pytest.mark.parametrize("line", ["[" * 200_000, "7", "null", '{"file_name": 7, "text": "a"}', "[" + "9" * 5000 + "]"])
+def test_hostile_metadata_gets_one_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metadata.jsonl").write_text(line + "\n")
+    with pytest.raises(trainer.UsageError) as refused:
+        trainer.read_metadata(tmp_path, "file_name", "text")
+    assert str(refused.value).startswith(f"{tmp_path}/metadata.jsonl") and "\n" not in str(refused.value)
+
+
+def test_postscript_named_jpg_is_not_handed_to_ghostscript(tmp_path: Path, data_dir: Path, monkeypatch) -> None:
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    (tmp_path / "a.jpg").write_bytes(postscript)
+    calls = []
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *arguments: calls.append(arguments))
+    with PIL.Image.open(tmp_path / "a.jpg") as image:  # Pillow by itself would
+        assert image.format == "EPS"
+    rows = [(str(tmp_path / "a.jpg"), "bad"), (str(data_dir / "0001.jpg"), "good")]
+    flags = ["--pretrained_model_name_or_path", "x", "--dataset_name", "y", "--resolution", "32"]
+    dataset = trainer.CaptionedImages(rows, tiny_pipeline().tokenizer, trainer.parse_args(flags))
+    assert dataset[(0, 0)]["replaced"].item() >= 1 and not calls
