@@ -41,6 +41,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 KINDS = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {".txt": "txt", ".json": "json", ".tar": "tar"}
 MAX_CAPTION_BYTES = 1 << 20  # a .txt that is larger is no caption
 PAIRS_PER_TASK = 16
+MIN_EDGE, MAX_ASPECT = 16, 8  # pixels, and long edge / short edge; images beyond them are kept, and remarked on
 
 # Why something is left out.
 NO_CAPTION = "image without a caption file"
@@ -62,6 +63,8 @@ BAD_NAME = "name with a backslash or with bytes that are not UTF-8 (rename it)"
 HIDDEN = "hidden image or folder (its name starts with a dot)"
 # What is said about something that is not left out.
 LATIN1 = "caption was not UTF-8 and has been read as Latin-1"
+FRAMES = "image of several frames, of which training sees the first"
+ODD_SHAPE = f"image under {MIN_EDGE} pixels, or over {MAX_ASPECT} times as long as wide: of little use to training"
 NESTED = "metadata file in a sub-folder: `datasets` would add its rows to these, move it away"
 
 
@@ -71,8 +74,8 @@ class Pair(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    text: str | None  # None: the pair is left out, and `remark` is the reason
-    remark: str | None
+    text: str | None  # None: the pair is left out, and the one remark is the reason
+    remarks: list[str]
 
 
 class Tally:
@@ -268,8 +271,8 @@ def check_pairs(pairs: list[Pair], args: argparse.Namespace, left_out: Tally, re
     check = functools.partial(check_pair, args.image_path, not args.no_verify, args.keep_empty)
     verdicts = in_order(check, pairs, 1 if args.no_verify else args.num_workers)
     with closing(verdicts), tqdm(desc="checking", total=len(pairs), unit=" pairs", leave=False, disable=None) as bar:
-        for pair, (text, remark) in zip(pairs, verdicts):
-            if remark:
+        for pair, (text, found) in zip(pairs, verdicts):
+            for remark in found:
                 (left_out if text is None else remarks).add(remark, pair.image)
             if text is not None:
                 rows.append((pair.image, text))
@@ -314,19 +317,20 @@ def check_pair(folder: str, verify: bool, keep_empty: bool, pair: Pair) -> Verdi
         with open(f"{folder}/{pair.caption}", "rb", buffering=0) as file:
             data = file.read(MAX_CAPTION_BYTES + 1)
     except OSError:
-        return Verdict(None, UNREADABLE)
+        return Verdict(None, [UNREADABLE])
     text, remark = decode(data)
     if len(data) > MAX_CAPTION_BYTES or "\0" in text:
-        return Verdict(None, NOT_TEXT)
+        return Verdict(None, [NOT_TEXT])
     if pair.caption[-5:].lower() == ".json":
         text = caption_of_json(text)
         if text is None:
-            return Verdict(None, BAD_JSON)
+            return Verdict(None, [BAD_JSON])
     text = " ".join(filter(None, map(str.strip, text.splitlines())))  # also splits at U+2028 and U+0085
     if not text and not keep_empty:
-        return Verdict(None, EMPTY_CAPTION)
-    problem = image_problem(f"{folder}/{pair.image}") if verify else None
-    return Verdict(None, problem) if problem else Verdict(text, remark)
+        return Verdict(None, [EMPTY_CAPTION])
+    remarks = [remark] if remark else []
+    problem = image_problem(f"{folder}/{pair.image}", remarks) if verify else None
+    return Verdict(None, [problem]) if problem else Verdict(text, remarks)
 
 
 def decode(data: bytes) -> tuple[str, str | None]:
@@ -347,8 +351,8 @@ def caption_of_json(text: str) -> str | None:
     return caption.encode("utf-8", "replace").decode() if isinstance(caption, str) else None
 
 
-def image_problem(path: str) -> str | None:
-    """Why Pillow cannot make an RGB picture of the file, None if it can."""
+def image_problem(path: str, remarks: list[str]) -> str | None:
+    """Why Pillow cannot make an RGB picture of the file, None if it can; then with what there is to remark on it."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -360,6 +364,7 @@ def image_problem(path: str) -> str | None:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(file, formats=IMAGE_FORMATS) as image:
+                size, has_frames = image.size, getattr(image, "is_animated", False)
                 image.draft(None, (1, 1))  # JPEG: decodes every byte, but computes an eighth of the rows and columns
                 ImageOps.exif_transpose(image, in_place=True)  # loads; damaged EXIF data is met here, not in training
                 if image.mode != "RGB":
@@ -370,6 +375,8 @@ def image_problem(path: str) -> str | None:
             return NOT_AN_IMAGE if os.fstat(file.fileno()).st_size else ZERO_BYTES
         except Exception:  # Pillow's decoders raise about ten kinds
             return DAMAGED
+    odd_shape = min(size) < MIN_EDGE or max(size) > MAX_ASPECT * min(size)
+    remarks += [FRAMES] * has_frames + [ODD_SHAPE] * odd_shape
     return None
 
 
