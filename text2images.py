@@ -527,7 +527,7 @@ def same_setting(ours: Any, theirs: Any) -> bool:
 
 
 def to_unet_dtype(unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    dtype = unet.conv_in.weight.dtype
+    dtype = unet.conv_norm_out.weight.dtype  # never int8, as conv_in may be
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
