@@ -15,6 +15,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.EpsImagePlugin
@@ -261,6 +262,27 @@ def test_fuzzed_quant_models_are_refused_or_harmless(model_dir: Path, quant_mode
 def test_fuzzed_quant_models_for_ten_minutes(model_dir: Path, quant_model: Path) -> None:
     outcomes = fuzz(600, 10**6, model_dir, quant_model)
     assert outcomes["executions"] > 1000 and outcomes["accepted, with a new checksum"] > 10
+
+
+# ---------------------------------------------------------------- a name that is gone
+
+
+@pytest.mark.parametrize("script", [text2images, trainer])
+def test_the_model_that_has_left_the_hub_is_replaced_by_its_copy(script, tmp_path: Path, monkeypatch, caplog) -> None:
+    asked = []
+
+    def load_config(name: str, **options: Any) -> dict[str, str]:
+        asked.append(name)
+        return {"_class_name": "NoMore"}
+
+    monkeypatch.setattr(text2images.StableDiffusionPipeline, "load_config", load_config)
+    monkeypatch.setattr(trainer.DiffusionPipeline, "load_config", load_config)
+    caplog.set_level("INFO")
+    parts = SimpleNamespace(pretrained_model_name_or_path="runwayml/stable-diffusion-v1-5", dtype="float32")
+    parts.quantized_model_name_or_path = parts.disable_safety_checker = parts.revision = parts.cache_dir = None
+    with pytest.raises(script.UsageError, match="NoMore"):
+        script.load_pipeline(parts) if script is text2images else script.load_pipeline(parts, None)
+    assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"] and "has left the hub" in caplog.text
 
 
 # ---------------------------------------------------------------- captions are data
