@@ -418,10 +418,8 @@ def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.d
     unet = unet.to(memory_format=torch.channels_last) if not use_kernels else unet
     path = "oneDNN int8 kernels" if use_kernels else "the reference path at float speed (no exact int8 kernels here)"
     layers = sum(isinstance(module, (nn.Linear, nn.Conv2d, Int8Layer)) for module in unet.modules())
-    logger.info(
-        f"{len(int8_names)} of {layers} Linear and Conv2d layers in int8, by {path}; "
-        f"{len(weight_only)} with int8 weights in float arithmetic"
-    )
+    rest = f"{len(weight_only)} more with int8 weights and float arithmetic"
+    logger.info(f"{len(int8_names)} of {layers} Linear and Conv2d layers in int8 ({rest}), by {path}")
     return unet.eval()
 
 

@@ -76,16 +76,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 logger = logging.getLogger("train")
 
 # Layers that cost little and hurt much when quantized: kept in float, and stored as fp16.
-DEFAULT_KEEP_FLOAT = ["conv_in", "conv_out", "time_embedding"]
+DEFAULT_KEEP_FLOAT = ["conv_in", "conv_out", "time_embedding", r".*\.conv_shortcut"]
 # Layers whose inputs hurt when quantized, the weights not: int8 weights, float arithmetic. GEGLU's products and the
 # residual stream have the longest tails, and quantizing them would cost about what int8 arithmetic gains there.
-DEFAULT_WEIGHT_ONLY = [
-    r".*\.time_emb_proj",
-    r".*\.attn2\.to_[kv]",
-    r".*\.conv_shortcut",
-    r".*\.proj_(in|out)",
-    r".*\.ff\.net\.2",
-]
+DEFAULT_WEIGHT_ONLY = [r".*\.time_emb_proj", r".*\.attn2\.to_[kv]", r".*\.proj_(in|out)", r".*\.ff\.net\.2"]
 SMOOTHING = 0.8  # share of an input channel's range that its weights take over (SmoothQuant's alpha)
 CALIBRATION_GUIDANCE = 7.5  # the guidance scale that pictures are painted with by default
 CALIBRATION_PICTURE_STEPS = 20  # denoising steps of a calibration picture: spread over all timesteps
@@ -1070,7 +1064,9 @@ def make_trainer(
     )
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max(1, steps)}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
-    ema = EMAModel(student.parameters()) if args.use_ema and steps > 0 else None
+    ema = None
+    if args.use_ema and steps > 0:  # weights of the average grow as step^4: the last fifth of the run counts most
+        ema = EMAModel(student.parameters(), decay=1.0, use_ema_warmup=True, inv_gamma=5.0, power=1.0)
     # fp32: weights, gradients, two moments, average; the teacher in its own precision
     copies = 4 + args.use_ema + (0.5 if accelerator.mixed_precision != "no" else 1)
     size = copies * 4e-9 * sum(parameter.numel() for parameter in student.parameters())

@@ -125,7 +125,7 @@ def mutate_payload(payload: dict[str, Any], rng: random.Random) -> Any:
         if kind == 0:
             del part[key]
         elif kind == 1:
-            names = [f"{key}.weight_scale", f"{key}_scale", "", ".weight_scale", "mid_block.weight_scale", "a\nb", 7]
+            names = [f"{key}.weight_scale", f"{key}_scale", "", ".weight_scale", "mid_block.input_scale", "a\nb", 7]
             part[rng.choice(names)] = part.pop(key) if rng.random() < 0.5 else value
         elif isinstance(value, torch.Tensor) and rng.random() < 0.9:
             part[key] = hostile_tensor(value, rng)
