@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-QAT = "--max_train_steps=300 --learning_rate=1e-05 --use_ema --lr_scheduler=constant".split()
 PTQ = ["--max_train_steps=0"]
+QAT = ["--max_train_steps=300", "--use_ema"]
+ORIGINAL = [*QAT, "--learning_rate=1e-05", "--lr_scheduler=constant"]  # as in the original README
 
 
 @dataclass
@@ -38,6 +39,7 @@ VARIANTS = {
     "bf16": Variant(None, ["--dtype", "bfloat16"]),  # the noise floor
     "int8-ptq": Variant(PTQ, ["--dtype", "float32"]),
     "int8-qat": Variant(QAT, ["--dtype", "float32"]),
+    "int8-qat-constant": Variant(ORIGINAL, ["--dtype", "float32"]),
     "int8-ptq-bf16": Variant(PTQ, ["--dtype", "bfloat16"]),
     "int8-qat-bf16": Variant(QAT, ["--dtype", "bfloat16"]),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -69,6 +70,20 @@ def test_reference_path_follows_the_convention_of_the_file() -> None:
     fresh = text2images.Int8Linear(torch.empty(24, 40), torch.empty(24))
     weight = filled(fresh, use_kernels=False).weight
     assert torch.allclose(layer(x), F.linear(levels * 0.03, weight, layer.bias), atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_compute_what_the_kernels_do() -> None:
+    conv, linear = new_layers("strided")[0], filled(text2images.Int8Linear(torch.empty(12, 24), None), True)
+    x = torch.randn(2, 16, 12, 10)
+
+    def layers(x: torch.Tensor) -> torch.Tensor:
+        return linear(F.silu(conv(x)).permute(0, 2, 3, 1))
+
+    expected = layers(x)
+    compiled = torch.compile(layers, fullgraph=True)(x)
+    assert torch.allclose(compiled, expected, atol=1e-4 * expected.abs().max().item())
 
 
 def test_one_input_is_quantized_once_for_all_its_readers() -> None:
