@@ -20,8 +20,10 @@ import argparse
 import contextlib
 import copy
 import csv
+import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -32,7 +34,8 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +54,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers import (
     AutoencoderKL,
@@ -88,6 +91,8 @@ MAX_TRIES = 20  # pictures in a row that may be unreadable
 # Only these decoders are tried: Pillow would hand a file that starts with "%!PS" to Ghostscript, whatever its name.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 MAX_BAD_STEPS = 5  # stop after so many non-finite losses in a row
+STREAM_BLOCK = 256  # pairs that --streaming reads and shuffles at a time, undecoded
+TAR_COLUMNS = ["jpg", "jpeg", "png", "webp"]  # the pictures in a webdataset, by extension
 
 
 # ---------------------------------------------------------------- arguments
@@ -117,11 +122,15 @@ def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--variant", help="file variant of the model's weights, as in fp16")
     add("--cache_dir", help="where downloads are kept")
     add = parser.add_argument_group("data").add_argument
-    add("--train_data_dir", type=Path, help="picture folder with the metadata.jsonl of create_metadata.py")
+    text = "picture folder with the metadata.jsonl of create_metadata.py; with --streaming, tars of img2dataset: "
+    text += "their folder, or a pattern such as 'pairs/{00000..00009}.tar'"
+    add("--train_data_dir", type=Path, help=text)
     add("--dataset_name", help="instead of a folder: a dataset that the datasets library loads, by name or path")
     add("--dataset_config_name", help="configuration of --dataset_name")
-    add("--image_column", help="column of the pictures; by default file_name in a folder, image in a dataset")
-    add("--caption_column", default="text", help="column of the captions")
+    text = "read the data in order, shuffled in blocks, and keep none of it: for more data than memory or disk holds"
+    add("--streaming", action="store_true", help=text)
+    add("--image_column", help="column of the pictures; by default file_name in a folder, image or jpg in a dataset")
+    add("--caption_column", default="text", help="column of the captions; in tars, txt takes the place of text")
     add("--max_train_samples", type=int, help="use only the first so many pairs")
     add("--resolution", type=int, default=512, help="edge of a training picture in pixels, a multiple of 8")
     add("--center_crop", action="store_true", help="crop the middle; without it, a random part")
@@ -199,7 +208,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --train_data_dir FOLDER or --dataset_name NAME")
-    if args.train_data_dir is not None and not args.train_data_dir.is_dir():
+    if args.streaming and (args.max_train_steps is None or args.max_train_samples is not None):
+        parser.error("--streaming does not know the number of pairs: give --max_train_steps, no --max_train_samples")
+    if args.train_data_dir is not None and not args.streaming and not args.train_data_dir.is_dir():
         parser.error(f"--train_data_dir {args.train_data_dir}: no such folder")
     if args.resolution < 8 or args.resolution % 8:
         parser.error(f"--resolution must be a multiple of 8: {max(8, args.resolution // 8 * 8)} would do")
@@ -428,15 +439,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def caption_text(caption: Any) -> str:
+    caption = caption[0] if isinstance(caption, (list, tuple)) and caption else caption
+    return caption if isinstance(caption, str) else ""
+
+
 class CaptionedImages(Dataset):
     """Pairs as tensors: pixel_values [3, H, W] in -1..1, input_ids [77].
 
     A key is (epoch, row); crop, flip and emptied caption are functions of it and the seed.
     """
 
-    def __init__(self, rows: Any, tokenizer: CLIPTokenizer, args: argparse.Namespace) -> None:
-        self.rows, self.tokenizer = rows, tokenizer
-        self.columns = (args.image_column or "image", args.caption_column)
+    def __init__(
+        self,
+        rows: Any,
+        tokenizer: CLIPTokenizer,
+        args: argparse.Namespace,
+        columns: tuple[Any, str] = ("image", "text"),
+    ) -> None:
+        self.rows, self.tokenizer, self.columns = rows, tokenizer, columns
         self.resolution, self.center_crop, self.random_flip = args.resolution, args.center_crop, args.random_flip
         self.proportion_empty_prompts, self.seed = args.proportion_empty_prompts, args.seed
 
@@ -452,9 +473,18 @@ class CaptionedImages(Dataset):
 
     def caption(self, row: int) -> str:
         # a dataset decodes the picture too when it is asked for a whole row
-        caption = self.rows[row][1] if isinstance(self.rows, list) else self.rows[self.columns[1]][row]
-        caption = caption[0] if isinstance(caption, (list, tuple)) and caption else caption
-        return caption if isinstance(caption, str) else ""
+        return caption_text(self.rows[row][1] if isinstance(self.rows, list) else self.rows[self.columns[1]][row])
+
+    def some_captions(self, count: int, generator: torch.Generator) -> list[str]:
+        return [self.caption(row) for row in torch.randint(len(self), (count,), generator=generator).tolist()]
+
+    def micro_batches(self, numbers: range, args: argparse.Namespace) -> Iterable[list[tuple[int, int]]]:
+        """Keys (epoch, row) of the micro-batches that one process works on."""
+        return MicroBatches(len(self), args.train_batch_size, args.seed, numbers)
+
+    def substitute(self, row: int, draw: float, attempt: int) -> int:
+        """Another row, for one that cannot be read."""
+        return int(draw * len(self) + attempt * 7919) % len(self)
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
         length = self.tokenizer.model_max_length
@@ -469,9 +499,11 @@ class CaptionedImages(Dataset):
         while image is None and replaced < MAX_TRIES:
             try:
                 image, caption = self.image_and_caption(row)
+            except UsageError:  # the stream has ended
+                raise
             except Exception:  # Pillow's decoders raise about ten kinds; it costs one sample, not the run
                 replaced += 1
-                row = int(draws[4] * len(self.rows) + replaced * 7919) % len(self.rows)
+                row = self.substitute(row, draws[4], replaced)
         image = image or Image.new("RGB", (1, 1))  # never trained with: Watch ends the run
         pixels = crop_to_square(image, self.resolution, (0.5, 0.5) if self.center_crop else (draws[0], draws[1]))
         if self.random_flip and draws[2] < 0.5:
@@ -494,26 +526,138 @@ def crop_to_square(image: Image.Image, size: int, position: tuple[float, float])
     return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
 
 
+class StreamedImages(CaptionedImages):
+    """Pairs of a stream (`rows`), which is read in order and without end.
+
+    Every data worker of every process reads a lane of its own: of all files, in an order of the seed, epoch after
+    epoch, lane l reads numbers l, l + lanes, ... Micro-batch m takes its samples from lane m % lanes, so that the
+    place of a sample is a function of m: a resumed run reads over what was used, without decoding it.
+    A row is a place in a lane, times the number of lanes, plus the lane.
+    """
+
+    def __init__(self, rows: Any, tokenizer: CLIPTokenizer, args: argparse.Namespace, columns: tuple[Any, str]) -> None:
+        import datasets
+
+        super().__init__(rows.decode(False), tokenizer, args, columns)
+        self.decode = datasets.Image().decode_example
+        self.lanes = self.parts = 1  # where lanes are more than files, each reads one part of a file
+        pictures, captions = zip(*itertools.islice(self.pairs(0), STREAM_BLOCK))
+        for flag, values, name in (("image", pictures, columns[0]), ("caption", captions, columns[1])):
+            if all(value is None for value in values):
+                raise UsageError(f"the first {len(values)} pairs of the stream have no {name}: see --{flag}_column")
+        self.first_captions = [caption_text(caption) for caption in captions]
+        self.reading: dict[int, tuple[Iterator, deque]] = {}
+
+    def pairs(self, lane: int) -> Iterator[tuple[Any, Any]]:
+        """The lane's undecoded (picture, caption) pairs, without end; a damaged file costs what is left of it."""
+        files, turn, barren = self.rows.num_shards, lane, 0
+        while barren <= files * self.parts:
+            epoch, at = divmod(turn, files * self.parts)
+            order = torch.randperm(files * self.parts, generator=generator_for(self.seed, "files", epoch))
+            file, part = divmod(int(order[at]), self.parts)
+            turn, barren = turn + self.lanes, barren + 1
+            shard = self.rows.shard(num_shards=files, index=file)
+            try:
+                for number, block in enumerate(shard.iter(batch_size=STREAM_BLOCK)):
+                    found = zip(*(block[column] for column in self.columns[0]))
+                    pictures = [next((picture for picture in row if picture is not None), None) for row in found]
+                    pairs = list(zip(pictures, block[self.columns[1]]))[part :: self.parts]
+                    generator = generator_for(self.seed, "block", epoch, file, part, number)
+                    for index in torch.randperm(len(pairs), generator=generator).tolist():
+                        barren = 0
+                        yield pairs[index]
+            except Exception as error:  # a damaged file fails in many ways
+                logger.error(f"left out the rest of file {file} of the stream: {first_line(error)}")
+        raise UsageError("no file of the stream holds a pair that can be read")
+
+    def image_and_caption(self, row: int) -> tuple[Image.Image, str]:
+        place, lane = divmod(row, self.lanes)
+        pairs, latest = self.reading.setdefault(lane, (enumerate(self.pairs(lane)), deque(maxlen=32)))
+        while not latest or latest[-1][0] < place:
+            latest.append(next(pairs))
+        picture, caption = latest[place - latest[-1][0] - 1][1]
+        if not isinstance(picture, dict):
+            raise ValueError("no picture")
+        return to_rgb(self.decode(picture)), caption_text(caption)
+
+    def some_captions(self, count: int, generator: torch.Generator) -> list[str]:
+        """Of the first ones: the stream is not to be read through before the training begins."""
+        rows = torch.randint(len(self.first_captions), (count,), generator=generator).tolist()
+        return [self.first_captions[row] for row in rows]
+
+    def micro_batches(self, numbers: range, args: argparse.Namespace) -> Iterable[list[tuple[int, int]]]:
+        self.lanes = numbers.step * max(1, args.dataloader_num_workers)  # the step is the number of processes
+        self.parts = math.ceil(self.lanes / self.rows.num_shards)
+        size = args.train_batch_size
+        places = ((number // self.lanes * size, number % self.lanes) for number in numbers)
+        return ([(0, (place + at) * self.lanes + lane) for at in range(size)] for place, lane in places)
+
+    def substitute(self, row: int, draw: float, attempt: int) -> int:
+        return row + self.lanes  # the next one of the lane, which comes again in its turn
+
+
+def tar_files(path: Path) -> list[str]:
+    """The .tar files of a folder, or of a pattern with {00000..00009} in it, escaped as the datasets library asks."""
+    pattern = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path))
+    if path.is_dir():
+        files = sorted(str(file) for file in path.glob("*.tar"))
+    elif pattern:
+        before, first, last, after = pattern.groups()
+        files = [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
+    else:
+        files = [str(path)]
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing or not files:
+        problem = f"no {missing[0]}" if missing else "holds no .tar; a picture folder needs no --streaming"
+        raise UsageError(f"--train_data_dir {path}: {problem}")
+    return [glob.escape(file) for file in files]
+
+
 def load_dataset(args: argparse.Namespace, pipeline: Pipeline) -> CaptionedImages:
-    if args.train_data_dir is not None:
+    if args.train_data_dir is not None and not args.streaming:
         rows = read_metadata(args.train_data_dir, args.image_column or "file_name", args.caption_column)
         rows = rows[: args.max_train_samples]
-    else:
-        import datasets  # only here: a folder needs none of it
+        logger.info(f"{len(rows)} captioned pictures")
+        return CaptionedImages(rows, pipeline.tokenizer, args)
 
-        try:
-            splits = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--dataset_name {args.dataset_name}: {first_line(error)}") from error
-        if "train" not in splits and len(splits) > 1:
-            raise UsageError(f"--dataset_name {args.dataset_name} has no split train, only {', '.join(splits)}")
-        rows = splits["train"] if "train" in splits else next(iter(splits.values()))
-        for flag, column in (("image", args.image_column or "image"), ("caption", args.caption_column)):
-            if column not in rows.column_names:
-                raise UsageError(f"--{flag}_column {column} is none of {', '.join(rows.column_names)}")
-        rows = rows.select(range(min(len(rows), args.max_train_samples or len(rows))))
+    import datasets  # only here: a folder needs none of it
+
+    options: dict[str, Any] = {"cache_dir": args.cache_dir, "streaming": args.streaming}
+    if args.dataset_name is None:
+        columns = [args.image_column] if args.image_column else TAR_COLUMNS
+        caption = "txt" if args.caption_column == "text" else args.caption_column
+        options["data_files"] = {"train": tar_files(args.train_data_dir)}
+        # named here, the columns are not guessed from the first pairs, which may lack one
+        features = {**dict.fromkeys(columns, datasets.Image()), caption: datasets.Value("string")}
+        options["features"] = datasets.Features(features)
+    given = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
+    try:
+        splits = datasets.load_dataset(args.dataset_name or "webdataset", args.dataset_config_name, **options)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{given}: {first_line(error)}") from error
+    if "train" not in splits and len(splits) > 1:
+        raise UsageError(f"{given} has no split train, only {', '.join(splits)}")
+    rows = splits["train"] if "train" in splits else next(iter(splits.values()))
+    images, caption = find_columns(rows.features or next(iter(rows)), args)
+    if args.streaming:
+        logger.info(f"streaming from {rows.num_shards} files")
+        return StreamedImages(rows, pipeline.tokenizer, args, (images, caption))
+    rows = rows.select(range(min(len(rows), args.max_train_samples or len(rows))))
     logger.info(f"{len(rows)} captioned pictures")
-    return CaptionedImages(rows, pipeline.tokenizer, args)
+    return CaptionedImages(rows, pipeline.tokenizer, args, (images[0], caption))
+
+
+def find_columns(columns: dict[str, Any], args: argparse.Namespace) -> tuple[list[str], str]:
+    """The columns of the pictures (tars have one for each extension) and the one of the captions."""
+    images = [args.image_column] if args.image_column else [name for name in ("image", *TAR_COLUMNS) if name in columns]
+    caption = "txt" if args.caption_column == "text" and "text" not in columns else args.caption_column
+    for flag, name, found in (
+        ("image", args.image_column or "image", images),
+        ("caption", args.caption_column, [caption]),
+    ):
+        if not found or found[0] not in columns:
+            raise UsageError(f"--{flag}_column {name} is none of {', '.join(columns)}")
+    return images, caption
 
 
 class MicroBatches(Sampler):
@@ -884,10 +1028,10 @@ def calibrate(
     set_mode(student, "observe")
     for batch in range(accelerator.process_index, batches, accelerator.num_processes):
         generator = generator_for(args.seed, "calibration", batch)
-        rows = torch.randint(len(dataset), (args.train_batch_size,), generator=generator).tolist()
-        input_ids = dataset.tokenize([""] * len(rows) + [dataset.caption(row) for row in rows])
+        captions = dataset.some_captions(args.train_batch_size, generator)
+        input_ids = dataset.tokenize([""] * len(captions) + captions)
         encoder_hidden_states = pipeline.text_encoder(input_ids.to(accelerator.device))[0]  # [2B, 77, D]
-        latents = torch.randn((len(rows), student.config.in_channels, edge, edge), generator=generator)
+        latents = torch.randn((len(captions), student.config.in_channels, edge, edge), generator=generator)
         latents = latents.to(accelerator.device) * scheduler.init_noise_sigma
         scheduler.set_timesteps(
             min(CALIBRATION_PICTURE_STEPS, args.calibration_steps - batch * CALIBRATION_PICTURE_STEPS)
@@ -1034,11 +1178,11 @@ class Trainer:
             average.data, live.data = live.data, average.data
 
 
-def total_steps(args: argparse.Namespace, rows: int, accelerator: Accelerator) -> int:
+def total_steps(args: argparse.Namespace, dataset: CaptionedImages, accelerator: Accelerator) -> int:
     if args.max_train_steps is not None:
         return args.max_train_steps
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    return args.num_train_epochs * math.ceil(rows / batch)
+    return args.num_train_epochs * math.ceil(len(dataset) / batch)
 
 
 def make_trainer(
@@ -1141,8 +1285,8 @@ def distill(
     world = accelerator.num_processes
     per_step = args.gradient_accumulation_steps * world
     numbers = range(trainer.step * per_step + accelerator.process_index, steps * per_step, world)
-    sampler = MicroBatches(len(dataset), args.train_batch_size, args.seed, numbers)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
+    keys = dataset.micro_batches(numbers, args)
+    loader = DataLoader(dataset, batch_sampler=keys, num_workers=args.dataloader_num_workers)
     model, optimizer = accelerator.prepare(trainer.student, trainer.optimizer)
     features, losses = args.feature_kd_weight > 0, {}
     watch, stop = Watch(), StopRequest(accelerator)
@@ -1230,8 +1374,7 @@ def save_checkpoint(trainer: Trainer, args: argparse.Namespace) -> None:
     try:
         partial.mkdir()
         trainer.save(partial / "state.pt")
-        settings = {key: str(value) for key, value in vars(args).items() if key in RESUME_SETTINGS}
-        (partial / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        (partial / "settings.json").write_text(json.dumps(resume_settings(args), indent=1), encoding="utf-8")
         for file in partial.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
@@ -1246,11 +1389,21 @@ def save_checkpoint(trainer: Trainer, args: argparse.Namespace) -> None:
 
 # Settings that the rest of a run depends on: with another value, a resumed run would not be the same run.
 RESUME_SETTINGS = (
-    "pretrained_model_name_or_path train_data_dir dataset_name max_train_samples resolution center_crop random_flip "
-    "proportion_empty_prompts keep_float weight_only quantization_config kd_weight task_weight feature_kd_weight "
-    "snr_gamma train_batch_size gradient_accumulation_steps learning_rate quantizer_learning_rate lr_scheduler "
-    "lr_warmup_steps max_grad_norm use_ema seed"
+    "pretrained_model_name_or_path revision variant train_data_dir dataset_name dataset_config_name streaming "
+    "image_column caption_column max_train_samples resolution center_crop random_flip proportion_empty_prompts "
+    "keep_float weight_only quantization_config kd_weight task_weight feature_kd_weight snr_gamma train_batch_size "
+    "learning_rate quantizer_learning_rate scale_lr lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 "
+    "adam_weight_decay adam_epsilon max_grad_norm use_ema seed mixed_precision"
 ).split()
+
+
+def resume_settings(args: argparse.Namespace) -> dict[str, str]:
+    processes = PartialState().num_processes
+    settings = {key: str(vars(args)[key]) for key in RESUME_SETTINGS}
+    settings["gradient_accumulation_steps x processes"] = str(args.gradient_accumulation_steps * processes)
+    if args.streaming:  # each of them reads its own part of the stream
+        settings["dataloader_num_workers x processes"] = str(max(1, args.dataloader_num_workers) * processes)
+    return settings
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -1284,7 +1437,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
         settings = dict(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"{folder}/settings.json is damaged ({first_line(error)}): delete {folder}") from error
-    now = {key: str(vars(args)[key]) for key in RESUME_SETTINGS}
+    now = resume_settings(args)
     changed = [f"{key} (then {settings.get(key)}, now {now[key]})" for key in now if now[key] != settings.get(key)]
     if changed:
         raise UsageError(f"{folder} was written with other settings: {', '.join(changed)}; use the same, or start anew")
@@ -1404,7 +1557,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(args)  # threads, precision, logging, output folder
     pipeline = load_pipeline(args, accelerator)  # tokenizer, text encoder, VAE, UNet, scheduler
     dataset = load_dataset(args, pipeline)  # metadata.jsonl -> pixel_values [B, 3, H, W], input_ids [B, 77]
-    steps = total_steps(args, len(dataset), accelerator)
+    steps = total_steps(args, dataset, accelerator)
     checkpoint = find_checkpoint(args)
     teacher, student = split(pipeline.unet, accelerator)  # a frozen copy, and the UNet that learns
     config = recipe(args, student)  # which layer gets which dtype
@@ -1430,5 +1583,7 @@ if __name__ == "__main__":
     try:
         main()
     except (UsageError, TrainingError) as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        # an error in a data worker comes with its traceback, whose last line names it
+        message = re.sub(r"(?s)Caught .*\n[\w.]+: (?=.*$)", "", str(error).strip())
+        print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -1,0 +1,167 @@
+#!/usr/bin/env python
+"""Step time and resident size of --streaming, at the start and at the end of many samples.
+
+Writes tars as img2dataset does, of small pictures, and measures on them: the data alone (decoding,
+cropping and tokenizing, one data worker), what a resumed run reads over, training of the bundled
+model; and the start on a picture folder of 100,000 rows. Prints a table and writes it as JSON.
+
+    python benchmarks/streaming.py --output benchmarks/results/streaming.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import CLIPTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_text_to_image_qat as trainer  # noqa: E402
+
+MODEL = ROOT / "demo/tiny-stable-diffusion"
+BATCH = 50
+
+
+def write_tars(folder: Path, samples: int, per_tar: int) -> None:
+    """Tars in the layout of img2dataset; 500 different pictures take turns."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(500):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((48, 40)).save(file, "JPEG")
+        pictures.append(file.getvalue())
+    for shard in range(-(-samples // per_tar)):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number in range(shard * per_tar, min(samples, (shard + 1) * per_tar)):
+                caption = f"a small picture with the number {number}"
+                members = {
+                    "jpg": pictures[number % len(pictures)],
+                    "txt": caption.encode(),
+                    "json": json.dumps({"caption": caption, "width": 48, "height": 40}).encode(),
+                }
+                for extension, content in members.items():
+                    info = tarfile.TarInfo(f"{number:09d}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+def resident_mb() -> float:
+    """Of this process and its data workers; a page that n of them share counts as an nth in each (PSS)."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(process.memory_full_info().pss for process in processes) / 1e6
+
+
+def flags(folder: Path) -> list[str]:
+    command = ["--pretrained_model_name_or_path", str(MODEL), "--train_data_dir", str(folder), "--streaming"]
+    return [*command, "--resolution", "32", "--random_flip", "--dataloader_num_workers", "1"]
+
+
+def row(what: str, samples: int, batch: int, marks: list[tuple[float, float]]) -> dict:
+    """Times and sizes of the first and the last tenth of the steps; the very first ones only warm up."""
+    marks = marks[5:]
+    tenth = max(2, len(marks) // 10)
+    parts = {"start": marks[:tenth], "end": marks[-tenth:]}
+    result = {"what": what, "samples": samples, "batch": batch}
+    for name, part in parts.items():
+        result[f"ms_per_step_{name}"] = round(1000 * (part[-1][0] - part[0][0]) / (len(part) - 1), 2)
+        result[f"resident_mb_{name}"] = round(float(np.median([size for _, size in part])), 1)
+    return result
+
+
+def read_all(folder: Path, samples: int) -> dict:
+    args = trainer.parse_args([*flags(folder), "--max_train_steps", "1", "--train_batch_size", str(BATCH)])
+    pipeline = argparse.Namespace(tokenizer=CLIPTokenizer.from_pretrained(MODEL, subfolder="tokenizer"))
+    dataset = trainer.load_dataset(args, pipeline)
+    keys = dataset.micro_batches(range(samples // BATCH), args)
+    marks, size = [], 0.0
+    for number, batch in enumerate(DataLoader(dataset, batch_sampler=keys, num_workers=1)):
+        assert batch["pixel_values"].shape == (BATCH, 3, 32, 32) and not batch["replaced"].any()
+        if number % 20 == 0:  # asking for the size takes longer than a step
+            size = resident_mb()
+        marks.append((time.perf_counter(), size))
+    return row("data alone", samples, BATCH, marks)
+
+
+def read_over(folder: Path, samples: int) -> dict:
+    """What a resumed run waits for: the first micro-batch near the end of the stream."""
+    args = trainer.parse_args([*flags(folder), "--max_train_steps", "1", "--train_batch_size", str(BATCH)])
+    pipeline = argparse.Namespace(tokenizer=CLIPTokenizer.from_pretrained(MODEL, subfolder="tokenizer"))
+    dataset = trainer.load_dataset(args, pipeline)
+    number = samples // BATCH - 1
+    began = time.perf_counter()
+    keys = dataset.micro_batches(range(number, number + 1), args)
+    next(iter(DataLoader(dataset, batch_sampler=keys, num_workers=1)))
+    seconds = time.perf_counter() - began
+    return {"what": "resuming at the last sample", "samples": samples, "seconds": round(seconds, 1)}
+
+
+def train(folder: Path, steps: int, output_dir: Path) -> dict:
+    marks, after_step = [], trainer.after_step
+
+    def noted(*arguments: object) -> None:
+        marks.append((time.perf_counter(), resident_mb()))
+        after_step(*arguments)
+
+    trainer.after_step = noted
+    command = [*flags(folder), "--max_train_steps", str(steps), "--train_batch_size", "4", "--output_dir"]
+    command += [str(output_dir), "--use_ema", "--use_cpu", "--report_to", "none", "--calibration_steps", "20"]
+    trainer.main([*command, "--checkpointing_steps", "1000000"])
+    return row("training the bundled model", 4 * steps, 4, marks)
+
+
+def start_on_folder(folder: Path, rows: int) -> dict:
+    """Until the first keys are known: no picture is looked at before its turn."""
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
+        for number in range(rows):
+            line = {"file_name": f"{number // 10000:05d}/{number:09d}.jpg", "text": f"the picture with number {number}"}
+            file.write(json.dumps(line) + "\n")
+    began = time.perf_counter()
+    pairs = trainer.read_metadata(folder, "file_name", "text")
+    next(iter(trainer.MicroBatches(len(pairs), 4, 0, range(1))))
+    return {"what": "start on a picture folder", "samples": rows, "seconds": round(time.perf_counter() - began, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=200_000, help="pairs in the tars")
+    parser.add_argument("--per_tar", type=int, default=10_000, help="pairs in a tar, as img2dataset writes them")
+    parser.add_argument("--train_steps", type=int, default=200, help="training steps at batch 4")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    args = parser.parse_args()
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as scratch:
+        tars, pictures = Path(scratch, "tars"), Path(scratch, "pictures")
+        tars.mkdir()
+        pictures.mkdir()
+        write_tars(tars, args.samples, args.per_tar)
+        rows = [start_on_folder(pictures, 100_000), read_all(tars, args.samples), read_over(tars, args.samples)]
+        rows.append(train(tars, args.train_steps, Path(scratch, "out")))
+    columns = list(dict.fromkeys(key for each in rows for key in each))
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for each in rows:
+        print("| " + " | ".join(str(each.get(key, "-")) for key in columns) + " |")
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": threads}
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        machine["cpu"] = next((line.split(":")[1].strip() for line in file if "model name" in line), machine["cpu"])
+    partial = args.output.with_name(args.output.name + ".partial")
+    partial.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(args.output)
+
+
+if __name__ == "__main__":
+    main()
