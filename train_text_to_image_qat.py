@@ -33,10 +33,12 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, gather_object
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -92,6 +94,8 @@ MAX_TRIES = 20  # pictures in a row that may be unreadable
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 MAX_BAD_STEPS = 5  # stop after so many non-finite losses in a row
 STREAM_BLOCK = 256  # pairs that --streaming reads and shuffles at a time, undecoded
+# accelerate launch passes no signals on, and a launcher may be killed: its end counts as SIGTERM
+LAUNCHER = os.getppid() if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None
 TAR_COLUMNS = ["jpg", "jpeg", "png", "webp"]  # the pictures in a webdataset, by extension
 
 
@@ -292,6 +296,10 @@ def start(args: argparse.Namespace) -> Accelerator:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions, in data parallelism
+    for engine in ("DeepSpeed", "FSDP", "Megatron_LM"):  # before accelerate looks for their packages
+        if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true":
+            raise UsageError(f"accelerate is set up for {engine}; this script supports plain data parallelism only")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     precision = choose_precision(args)
     accelerator = Accelerator(
@@ -302,10 +310,12 @@ def start(args: argparse.Namespace) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
         ),
+        # the others wait while one validates and saves
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        engine = accelerator.distributed_type.value
-        raise UsageError(f"accelerate is set up for {engine}; this script supports plain data parallelism only")
+        kind = accelerator.distributed_type.value
+        raise UsageError(f"accelerate is set up for {kind}; this script supports plain data parallelism only")
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("fp16 does not work on CPUs: accelerate launch --mixed_precision bf16, or no")
     torch.manual_seed(args.seed)
@@ -1150,7 +1160,8 @@ class Trainer:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def save(self, path: Path) -> None:
-        torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts().items()}}, path)
+        with open(path, "wb") as file:  # torch's own writer would hide why it failed
+            torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts().items()}}, file)
 
     def load(self, path: Path) -> None:
         try:
@@ -1232,6 +1243,8 @@ class StopRequest:
 
     def received(self) -> int:
         """The signal that any process got: all of them must leave the loop at the same step."""
+        if LAUNCHER not in (None, os.getppid()):
+            self.signal = self.signal or signal.SIGTERM
         if self.accelerator.num_processes > 1:
             told = torch.tensor(self.signal, device=self.accelerator.device)
             torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
@@ -1266,9 +1279,12 @@ class Watch:
             raise TrainingError(f"{MAX_BAD_STEPS} non-finite losses in a row: lower --learning_rate, look at the data")
         return finite
 
-    def take_losses(self) -> dict[str, float]:
+    def take_losses(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over the step's micro-batches, those of the other processes included."""
         losses, self.losses = self.losses, []
-        return {name: sum(loss[name] for loss in losses) / len(losses) for name in losses[0]}
+        means = [sum(loss[name] for loss in losses) / len(losses) for name in losses[0]]
+        means = accelerator.reduce(torch.tensor(means, device=accelerator.device), reduction="mean")
+        return dict(zip(losses[0], means.tolist()))
 
 
 def distill(
@@ -1329,13 +1345,14 @@ def distill(
                 optimizer.zero_grad()
                 trainer.lr_scheduler.step()
                 trainer.step += 1
-                losses = watch.take_losses()
+                losses = watch.take_losses(accelerator)
             progress.update()
             progress.set_postfix({name: f"{value:.2e}" for name, value in losses.items()})
             after_step(trainer, teacher, pipeline, losses, steps, stop, accelerator, args)
     progress.close()
-    if watch.replaced or watch.bad_steps:
-        logger.warning(f"{watch.replaced} unreadable pictures replaced, {watch.bad_steps} non-finite steps left out")
+    replaced = int(accelerator.reduce(torch.tensor(watch.replaced, device=device), reduction="sum"))
+    if replaced or watch.bad_steps:
+        logger.warning(f"{replaced} unreadable pictures replaced, {watch.bad_steps} non-finite steps left out")
     return losses
 
 
@@ -1370,7 +1387,8 @@ def save_checkpoint(trainer: Trainer, args: argparse.Namespace) -> None:
     """Write OUTPUT_DIR/checkpoint-STEP under a temporary name and rename it; then delete the oldest ones."""
     folder = args.output_dir / f"checkpoint-{trainer.step}"
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for unfinished in args.output_dir.glob("checkpoint-*.partial"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     try:
         partial.mkdir()
         trainer.save(partial / "state.pt")
@@ -1380,11 +1398,14 @@ def save_checkpoint(trainer: Trainer, args: argparse.Namespace) -> None:
                 os.fsync(written.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk, in its context
         shutil.rmtree(partial, ignore_errors=True)
-        raise TrainingError(f"{folder} was not written ({first_line(error)}); earlier ones are kept") from error
-    for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-        shutil.rmtree(old)
+        reason = first_line(error.__context__ or error)
+        raise TrainingError(f"{folder} was not written ({reason}); earlier ones are kept") from error
+    kept = checkpoints(args.output_dir)
+    kept = kept[: kept.index(folder) + 1]  # later ones are of an earlier run
+    for old in kept[: -args.checkpoints_total_limit]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 # Settings that the rest of a run depends on: with another value, a resumed run would not be the same run.
@@ -1423,6 +1444,9 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
         return None
     if args.resume_from_checkpoint == "latest":
         found = checkpoints(args.output_dir)
+        seen = gather_object([found[-1].name if found else None])
+        if len(set(seen)) > 1:
+            raise UsageError(f"--output_dir {args.output_dir} differs between processes: put it on a shared disk")
         if not found:
             logger.info(f"no checkpoint in {args.output_dir}: starting from the beginning")
             return None
@@ -1532,7 +1556,8 @@ def save_int8(trainer: Trainer, config: Int8Config, losses: dict[str, float], ar
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise TrainingError(f"{path} was not written ({first_line(error)}); the last checkpoint is kept") from error
+        reason = first_line(error.__context__ or error)
+        raise TrainingError(f"{path} was not written ({reason}); the last checkpoint is kept") from error
     size = path.stat().st_size
     logger.info(f"wrote {path}: {size / 1e6:.1f} MB, {size / fp32_bytes:.3f} of the fp32 UNet")
     logger.info(f"next: python text2images.py -m {args.pretrained_model_name_or_path} -qm {path} -c 'a caption'")

@@ -1,0 +1,162 @@
+"""Killed, stopped and out of disk: what is left, and that a resumed run ends as the unbroken one.
+
+The trainer runs as __main__ in processes of its own, forked from one that has the libraries loaded.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import resource
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ROOT, SIZE
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train_text_to_image_qat", "tensorboard", "datasets"])
+
+
+def as_main(command: list[str], log: Path, largest_file: int | None) -> None:
+    """What `python train_text_to_image_qat.py` does, in the process that this is."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if largest_file is not None:  # a write beyond it fails as on a full disk, with EFBIG instead of ENOSPC
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as it is outside of a fork server
+    sys.argv = [str(ROOT / "train_text_to_image_qat.py"), *command]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+@pytest.fixture
+def start(
+    model_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., BaseProcess]]:
+    """Start the trainer on (output_dir, *flags)."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")  # for what is loaded beforehand
+    log, processes = tmp_path / "log.txt", []
+
+    def run(output_dir: Path, *flags: str, largest_file: int | None = None) -> BaseProcess:
+        command = ["--pretrained_model_name_or_path", str(model_dir), "--train_data_dir", str(data_dir), "--use_cpu"]
+        command += ["--output_dir", str(output_dir), "--resolution", str(SIZE), "--train_batch_size", "2"]
+        command += ["--calibration_steps", "3", "--report_to", "none", "--mixed_precision", "no", *flags]
+        process = FORKS.Process(target=as_main, args=(command, log, largest_file))
+        process.start()
+        process.log = log
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+
+
+def finish(process: BaseProcess) -> str:
+    """Wait for the end; returns what was printed."""
+    process.join(120)
+    assert process.exitcode is not None
+    text = process.log.read_text()
+    print(text[-3000:])
+    return text
+
+
+def wait_for(condition: Callable[[], object], process: BaseProcess) -> None:
+    """Look often enough to see a checkpoint while it is being written."""
+    while process.is_alive() and not condition():
+        time.sleep(0.0005)
+
+
+def kill_and_resume(start: Callable[..., BaseProcess], folder: Path, kills: int, steps: int) -> dict[str, int]:
+    """Kill runs, half of them while they write a checkpoint, and resume them; compare every one that gets to its end.
+
+    Returns how many were killed while a checkpoint was half-written, before the first one, and so on.
+    """
+    flags = ["--max_train_steps", str(steps), "--use_ema", "--gradient_accumulation_steps", "2", "--random_flip"]
+    flags += ["--dataloader_num_workers", "2", "--learning_rate", "1e-3", "--lr_scheduler", "cosine"]
+    flags += ["--checkpointing_steps", "2", "--resume_from_checkpoint", "latest"]
+    began = time.monotonic()
+    finish(start(folder / "whole", *flags))
+    whole = torch.load(folder / "whole" / "quant_model.pt", weights_only=True)
+    seconds = time.monotonic() - began
+    moments, counts = random.Random(0), {"killed": 0, "half-written": 0, "no checkpoint yet": 0, "finished": 0}
+    output = folder / "broken 0"
+    while counts["killed"] < kills or not (output / "quant_model.pt").is_file():
+        process = start(output, *flags)
+        if counts["killed"] < kills:
+            if counts["killed"] % 2:
+                wait_for(lambda: list(folder.glob("broken */checkpoint-*.partial")), process)
+                time.sleep(moments.uniform(0, 0.02))
+            else:
+                process.join(moments.uniform(0, seconds))
+            process.kill()
+        finish(process)
+        if process.exitcode == -signal.SIGKILL:
+            counts["killed"] += 1
+            counts["half-written"] += bool(list(output.glob("checkpoint-*.partial")))
+            counts["no checkpoint yet"] += not list(output.glob("checkpoint-*[0-9]"))
+        else:
+            assert process.exitcode == 0
+            counts["finished"] += 1
+            resumed = torch.load(output / "quant_model.pt", weights_only=True)
+            assert resumed["checksum"] == whole["checksum"]
+            assert resumed["training"] == whole["training"]
+            assert not list(output.glob("*.partial"))
+            if counts["killed"] < kills:
+                output = folder / f"broken {counts['finished']}"
+    print(counts)
+    return counts
+
+
+def test_killed_run_resumes_to_the_same_bits(start, tmp_path: Path) -> None:
+    counts = kill_and_resume(start, tmp_path, kills=2, steps=5)
+    assert counts["killed"] == 2 and counts["half-written"] >= 1
+
+
+@pytest.mark.full
+def test_run_killed_at_20_moments_resumes_to_the_same_bits(start, tmp_path: Path) -> None:
+    counts = kill_and_resume(start, tmp_path, kills=20, steps=40)
+    assert counts["killed"] == 20 and counts["half-written"] >= 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_run_with_a_checkpoint_and_its_code(start, tmp_path: Path, number: signal.Signals) -> None:
+    flags = ["--max_train_steps", "500", "--checkpointing_steps", "1000", "--dataloader_num_workers", "2"]
+    process = start(tmp_path / "out", *flags)
+    wait_for(lambda: process.log.is_file() and "1/500" in process.log.read_text(), process)
+    os.kill(process.pid, number)
+    text = finish(process)
+    assert process.exitcode == 128 + number
+    saved = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
+    assert len(saved) == 1 and f"stopped by {number.name} at step {saved[0].split('-')[1]}:" in text
+
+
+def test_full_disk_keeps_the_previous_checkpoint(start, tmp_path: Path) -> None:
+    output, flags = tmp_path / "out", ["--max_train_steps", "3", "--checkpointing_steps", "1", "--use_ema"]
+    finish(start(output, *flags, "--max_train_steps", "1"))
+    state = output / "checkpoint-1" / "state.pt"
+    before = state.read_bytes()
+    process = start(output, *flags, "--resume_from_checkpoint", "latest", largest_file=len(before) - 100_000)
+    text = finish(process)
+    assert process.exitcode == 1
+    message = text[text.index("train_text_to_image_qat.py: error: ") :].splitlines()[0]
+    assert "checkpoint-2 was not written (" in message and "File too large" in message
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"] and state.read_bytes() == before
+    assert finish(start(output, *flags, "--resume_from_checkpoint", "latest")) and (output / "checkpoint-3").is_dir()
+
+
+def test_full_disk_at_the_end_leaves_no_half_of_a_model(start, tmp_path: Path) -> None:
+    process = start(tmp_path / "out", "--max_train_steps", "0", largest_file=200_000)
+    text = finish(process)
+    assert process.exitcode == 1
+    assert "quant_model.pt was not written ([Errno 27] File too large" in text
+    assert not list((tmp_path / "out").glob("quant_model.pt*"))
