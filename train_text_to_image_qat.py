@@ -1248,7 +1248,7 @@ class StopRequest:
         if self.accelerator.num_processes > 1:
             told = torch.tensor(self.signal, device=self.accelerator.device)
             torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-            self.signal = int(told)
+            return int(told)  # self.signal stays: one may have come in meanwhile
         return self.signal
 
 

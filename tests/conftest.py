@@ -7,12 +7,18 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny layers: a second thread costs more than it brings
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import multiprocessing
+import resource
+import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -26,6 +32,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32  # pixels of a picture of the tiny model
+FORKS = multiprocessing.get_context("forkserver")  # starts processes that have the libraries loaded already
+FORKS.set_forkserver_preload(["train_text_to_image_qat", "tensorboard", "datasets"])
 
 torch.set_num_threads(1)
 
@@ -156,3 +164,69 @@ def run_command(*command: str | Path, **environment: str) -> subprocess.Complete
     )
     print(f"$ {' '.join(map(str, command))}\n{result.stdout}\n{result.stderr}")
     return result
+
+
+def as_main(
+    command: list[str],
+    log: Path,
+    environment: dict[str, str],
+    largest_file: int | None,
+    hook: Callable[[Any], None] | None,
+) -> None:
+    """What `python train_text_to_image_qat.py` does, in the process that this is; a hook may patch the script."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if largest_file is not None:  # a write beyond it fails as on a full disk, with EFBIG instead of ENOSPC
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as it is outside of a fork server
+    os.environ.update(environment)
+    sys.argv = [str(ROOT / "train_text_to_image_qat.py"), *command]
+    if hook is not None:
+        import train_text_to_image_qat as trainer
+
+        hook(trainer)
+        trainer.main()
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+@pytest.fixture
+def start(
+    model_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., BaseProcess]]:
+    """Start the trainer on (output_dir, *flags) in a process of its own."""
+    processes: list[BaseProcess] = []
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")  # for what is loaded beforehand
+
+    def run(
+        output_dir: Path, *flags: str, largest_file: int | None = None, hook: Any = None, **environment: str
+    ) -> BaseProcess:
+        command = ["--pretrained_model_name_or_path", str(model_dir), "--train_data_dir", str(data_dir), "--use_cpu"]
+        command += ["--output_dir", str(output_dir), "--resolution", str(SIZE), "--train_batch_size", "2"]
+        command += ["--calibration_steps", "3", "--report_to", "none", "--mixed_precision", "no", *flags]
+        log = tmp_path / f"log {len(processes)}.txt"
+        process = FORKS.Process(target=as_main, args=(command, log, environment, largest_file, hook))
+        process.start()
+        process.log = log
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+
+
+def finish(process: BaseProcess) -> str:
+    """Wait for the end; returns what was printed."""
+    process.join(60)
+    assert process.exitcode is not None
+    text = process.log.read_text()
+    print(text[-3000:])
+    return text
+
+
+def wait_for(condition: Callable[[], object], process: BaseProcess) -> None:
+    """Look often enough to see a checkpoint while it is being written."""
+    while process.is_alive() and not condition():
+        time.sleep(0.0005)

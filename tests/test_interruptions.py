@@ -1,79 +1,19 @@
-"""Killed, stopped and out of disk: what is left, and that a resumed run ends as the unbroken one.
-
-The trainer runs as __main__ in processes of its own, forked from one that has the libraries loaded.
-"""
+"""Killed, stopped and out of disk: what is left, and that a resumed run ends as the unbroken one."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
-import resource
-import runpy
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT, SIZE
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train_text_to_image_qat", "tensorboard", "datasets"])
-
-
-def as_main(command: list[str], log: Path, largest_file: int | None) -> None:
-    """What `python train_text_to_image_qat.py` does, in the process that this is."""
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if largest_file is not None:  # a write beyond it fails as on a full disk, with EFBIG instead of ENOSPC
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    multiprocessing.set_start_method("fork", force=True)  # for data workers, as it is outside of a fork server
-    sys.argv = [str(ROOT / "train_text_to_image_qat.py"), *command]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-@pytest.fixture
-def start(
-    model_dir: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., BaseProcess]]:
-    """Start the trainer on (output_dir, *flags)."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")  # for what is loaded beforehand
-    log, processes = tmp_path / "log.txt", []
-
-    def run(output_dir: Path, *flags: str, largest_file: int | None = None) -> BaseProcess:
-        command = ["--pretrained_model_name_or_path", str(model_dir), "--train_data_dir", str(data_dir), "--use_cpu"]
-        command += ["--output_dir", str(output_dir), "--resolution", str(SIZE), "--train_batch_size", "2"]
-        command += ["--calibration_steps", "3", "--report_to", "none", "--mixed_precision", "no", *flags]
-        process = FORKS.Process(target=as_main, args=(command, log, largest_file))
-        process.start()
-        process.log = log
-        processes.append(process)
-        return process
-
-    yield run
-    for process in processes:
-        process.kill()
-
-
-def finish(process: BaseProcess) -> str:
-    """Wait for the end; returns what was printed."""
-    process.join(120)
-    assert process.exitcode is not None
-    text = process.log.read_text()
-    print(text[-3000:])
-    return text
-
-
-def wait_for(condition: Callable[[], object], process: BaseProcess) -> None:
-    """Look often enough to see a checkpoint while it is being written."""
-    while process.is_alive() and not condition():
-        time.sleep(0.0005)
+from conftest import finish, wait_for
 
 
 def kill_and_resume(start: Callable[..., BaseProcess], folder: Path, kills: int, steps: int) -> dict[str, int]:
