@@ -38,8 +38,8 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-# Ten minutes of damaged and hostile quant_model.pt files; and, in 24 GB of memory and 10 GB of disk, a
-# random-weight SD v1.5 through all three scripts.
+# Killed runs, several machines, ten minutes of damaged and hostile quant_model.pt files; and, in 24 GB of memory and
+# 10 GB of disk, a random-weight SD v1.5 through all three scripts.
 test-full: .venv/installed
 	$(BIN)/python -m pytest -m full -s tests
 

@@ -221,7 +221,7 @@ def finish(process: BaseProcess) -> str:
     """Wait for the end; returns what was printed."""
     process.join(60)
     assert process.exitcode is not None
-    text = process.log.read_text()
+    text = process.log.read_text() if process.log.is_file() else ""  # killed before it could write
     print(text[-3000:])
     return text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -14,6 +15,14 @@ import pytest
 import torch
 
 from conftest import finish, wait_for
+
+
+def being_written(folder: Path, since: float) -> bool:
+    """Whether an unfinished checkpoint is there, other than those that earlier kills left."""
+    try:
+        return any(path.stat().st_mtime >= since for path in folder.glob("broken */checkpoint-*.partial"))
+    except FileNotFoundError:  # it got its name meanwhile
+        return False
 
 
 def kill_and_resume(start: Callable[..., BaseProcess], folder: Path, kills: int, steps: int) -> dict[str, int]:
@@ -31,10 +40,10 @@ def kill_and_resume(start: Callable[..., BaseProcess], folder: Path, kills: int,
     moments, counts = random.Random(0), {"killed": 0, "half-written": 0, "no checkpoint yet": 0, "finished": 0}
     output = folder / "broken 0"
     while counts["killed"] < kills or not (output / "quant_model.pt").is_file():
-        process = start(output, *flags)
+        process, since = start(output, *flags), time.time()
         if counts["killed"] < kills:
             if counts["killed"] % 2:
-                wait_for(lambda: list(folder.glob("broken */checkpoint-*.partial")), process)
+                wait_for(functools.partial(being_written, folder, since), process)
                 time.sleep(moments.uniform(0, 0.02))
             else:
                 process.join(moments.uniform(0, seconds))
@@ -42,7 +51,7 @@ def kill_and_resume(start: Callable[..., BaseProcess], folder: Path, kills: int,
         finish(process)
         if process.exitcode == -signal.SIGKILL:
             counts["killed"] += 1
-            counts["half-written"] += bool(list(output.glob("checkpoint-*.partial")))
+            counts["half-written"] += being_written(folder, since)
             counts["no checkpoint yet"] += not list(output.glob("checkpoint-*[0-9]"))
         else:
             assert process.exitcode == 0

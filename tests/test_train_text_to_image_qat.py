@@ -464,7 +464,7 @@ def test_schedule_ends_with_the_last_step(train, tmp_path: Path, monkeypatch, ac
         assert len(rates) == math.ceil(11 / (2 * int(accumulation)))
 
 
-def test_a_step_that_is_not_finite_is_left_out(train, tmp_path: Path, monkeypatch) -> None:
+def test_a_step_that_is_not_finite_is_left_out_and_counted(train, tmp_path: Path, monkeypatch, caplog) -> None:
     calls, loss = [], trainer.F.mse_loss
 
     def sometimes_nan(*tensors):
@@ -473,6 +473,7 @@ def test_a_step_that_is_not_finite_is_left_out(train, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(trainer.F, "mse_loss", sometimes_nan)
     saved = train(tmp_path, "--max_train_steps", "3", "--use_ema")
+    assert "1 non-finite steps left out" in caplog.text
     assert all(torch.isfinite(tensor).all() for tensor in saved["state_dict"].values() if tensor.is_floating_point())
 
 
@@ -486,6 +487,12 @@ def test_oldest_checkpoints_are_deleted_and_numbers_sort_as_numbers(train, tmp_p
     train(tmp_path, "--max_train_steps", "11", "--checkpointing_steps", "1", "--checkpoints_total_limit", "3")
     assert [path.name for path in trainer.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-11"]
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_new_run_in_an_old_folder_keeps_its_own_checkpoints(train, tmp_path: Path) -> None:
+    for steps in ("4", "2"):
+        train(tmp_path, "--max_train_steps", steps, "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    assert [path.name for path in trainer.checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
 
 
 def test_resuming_with_other_settings_is_refused(train, tmp_path: Path) -> None:
