@@ -61,9 +61,10 @@ def write_tars(folder: Path, samples: int, per_tar: int) -> None:
 
 
 def resident_mb() -> float:
-    """Of this process and its data workers; a page that n of them share counts as an nth in each (PSS)."""
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    return sum(process.memory_full_info().pss for process in processes) / 1e6
+    """Of this process, and what its data workers do not share with it."""
+    main = psutil.Process()
+    own = sum(worker.memory_full_info().uss for worker in main.children(recursive=True))
+    return (main.memory_info().rss + own) / 1e6
 
 
 def flags(folder: Path) -> list[str]:
@@ -72,8 +73,8 @@ def flags(folder: Path) -> list[str]:
 
 
 def row(what: str, samples: int, batch: int, marks: list[tuple[float, float]]) -> dict:
-    """Times and sizes of the first and the last tenth of the steps; the very first ones only warm up."""
-    marks = marks[5:]
+    """Times and sizes of the first and the last tenth of the steps, after 20 that warm up."""
+    marks = marks[20:]
     tenth = max(2, len(marks) // 10)
     parts = {"start": marks[:tenth], "end": marks[-tenth:]}
     result = {"what": what, "samples": samples, "batch": batch}
@@ -149,8 +150,9 @@ def main() -> None:
         tars.mkdir()
         pictures.mkdir()
         write_tars(tars, args.samples, args.per_tar)
-        rows = [start_on_folder(pictures, 100_000), read_all(tars, args.samples), read_over(tars, args.samples)]
-        rows.append(train(tars, args.train_steps, Path(scratch, "out")))
+        # training first, in a process that nothing else has grown
+        rows = [train(tars, args.train_steps, Path(scratch, "out")), start_on_folder(pictures, 100_000)]
+        rows += [read_all(tars, args.samples), read_over(tars, args.samples)]
     columns = list(dict.fromkeys(key for each in rows for key in each))
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for each in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -123,6 +124,21 @@ def test_signal_to_one_process_stops_all_at_the_same_step(start, tmp_path: Path)
     assert [process.exitcode for process in processes] == [143, 143]
     (saved,) = (tmp_path / "out").glob("checkpoint-*")
     assert f"stopped by SIGTERM at step {saved.name.split('-')[1]}:" in logs[0]
+
+
+def test_signal_that_comes_while_the_processes_compare_theirs_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    accelerator = argparse.Namespace(num_processes=2, device="cpu")
+    arriving = [signal.SIGTERM]
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda told, op: [signal.raise_signal(arriving.pop()) for _ in arriving[:1]]
+    )
+    try:
+        stop = trainer.StopRequest(accelerator)
+        assert [stop.received(), stop.received()] == [0, signal.SIGTERM]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_dead_process_ends_the_others(start, tmp_path: Path) -> None:
