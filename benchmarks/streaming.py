@@ -60,11 +60,13 @@ def write_tars(folder: Path, samples: int, per_tar: int) -> None:
                     tar.addfile(info, io.BytesIO(content))
 
 
-def resident_mb() -> float:
-    """Of this process, and what its data workers do not share with it."""
+def usage() -> tuple[float, float]:
+    """Resident MB of this process, with what its data workers do not share with it; CPU seconds of all of them."""
     main = psutil.Process()
-    own = sum(worker.memory_full_info().uss for worker in main.children(recursive=True))
-    return (main.memory_info().rss + own) / 1e6
+    workers = main.children(recursive=True)
+    own = sum(worker.memory_full_info().uss for worker in workers)
+    times = [process.cpu_times() for process in (main, *workers)]
+    return (main.memory_info().rss + own) / 1e6, sum(time.user + time.system for time in times)
 
 
 def flags(folder: Path) -> list[str]:
@@ -72,15 +74,19 @@ def flags(folder: Path) -> list[str]:
     return [*command, "--resolution", "32", "--random_flip", "--dataloader_num_workers", "1"]
 
 
-def row(what: str, samples: int, batch: int, marks: list[tuple[float, float]]) -> dict:
-    """Times and sizes of the first and the last tenth of the steps, after 20 that warm up."""
-    marks = marks[20:]
+def row(what: str, batch: int, steps: int, marks: list[tuple[int, float, float, float]]) -> dict:
+    """Times and sizes of the first and the last tenth of the steps, after 20 that warm up.
+
+    A mark is (step, seconds, MB, CPU seconds). CPU time tells more than time where others use the machine.
+    """
+    marks = [mark for mark in marks if mark[0] >= 20]
     tenth = max(2, len(marks) // 10)
-    parts = {"start": marks[:tenth], "end": marks[-tenth:]}
-    result = {"what": what, "samples": samples, "batch": batch}
-    for name, part in parts.items():
-        result[f"ms_per_step_{name}"] = round(1000 * (part[-1][0] - part[0][0]) / (len(part) - 1), 2)
-        result[f"resident_mb_{name}"] = round(float(np.median([size for _, size in part])), 1)
+    result = {"what": what, "samples": batch * steps, "batch": batch}
+    for name, part in {"start": marks[:tenth], "end": marks[-tenth:]}.items():
+        (first, began, _, cpu_began), (last, ended, _, cpu_ended) = part[0], part[-1]
+        result[f"ms_per_step_{name}"] = round(1000 * (ended - began) / (last - first), 1)
+        result[f"cpu_ms_per_step_{name}"] = round(1000 * (cpu_ended - cpu_began) / (last - first), 1)
+        result[f"resident_mb_{name}"] = round(float(np.median([size for _, _, size, _ in part])), 1)
     return result
 
 
@@ -89,13 +95,12 @@ def read_all(folder: Path, samples: int) -> dict:
     pipeline = argparse.Namespace(tokenizer=CLIPTokenizer.from_pretrained(MODEL, subfolder="tokenizer"))
     dataset = trainer.load_dataset(args, pipeline)
     keys = dataset.micro_batches(range(samples // BATCH), args)
-    marks, size = [], 0.0
+    marks = []
     for number, batch in enumerate(DataLoader(dataset, batch_sampler=keys, num_workers=1)):
         assert batch["pixel_values"].shape == (BATCH, 3, 32, 32) and not batch["replaced"].any()
-        if number % 20 == 0:  # asking for the size takes longer than a step
-            size = resident_mb()
-        marks.append((time.perf_counter(), size))
-    return row("data alone", samples, BATCH, marks)
+        if number % 20 == 0:  # asking takes longer than a step
+            marks.append((number, time.perf_counter(), *usage()))
+    return row("data alone", BATCH, samples // BATCH, marks)
 
 
 def read_over(folder: Path, samples: int) -> dict:
@@ -104,25 +109,31 @@ def read_over(folder: Path, samples: int) -> dict:
     pipeline = argparse.Namespace(tokenizer=CLIPTokenizer.from_pretrained(MODEL, subfolder="tokenizer"))
     dataset = trainer.load_dataset(args, pipeline)
     number = samples // BATCH - 1
-    began = time.perf_counter()
-    keys = dataset.micro_batches(range(number, number + 1), args)
-    next(iter(DataLoader(dataset, batch_sampler=keys, num_workers=1)))
-    seconds = time.perf_counter() - began
-    return {"what": "resuming at the last sample", "samples": samples, "seconds": round(seconds, 1)}
+    began, cpu_began = time.perf_counter(), time.process_time()
+    (keys,) = dataset.micro_batches(range(number, number + 1), args)
+    for key in keys:
+        dataset[key]
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu_began
+    return {
+        "what": "resuming at the last sample",
+        "samples": samples,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu, 1),
+    }
 
 
 def train(folder: Path, steps: int, output_dir: Path) -> dict:
     marks, after_step = [], trainer.after_step
 
     def noted(*arguments: object) -> None:
-        marks.append((time.perf_counter(), resident_mb()))
+        marks.append((len(marks), time.perf_counter(), *usage()))
         after_step(*arguments)
 
     trainer.after_step = noted
     command = [*flags(folder), "--max_train_steps", str(steps), "--train_batch_size", "4", "--output_dir"]
     command += [str(output_dir), "--use_ema", "--use_cpu", "--report_to", "none", "--calibration_steps", "20"]
     trainer.main([*command, "--checkpointing_steps", "1000000"])
-    return row("training the bundled model", 4 * steps, 4, marks)
+    return row("training the bundled model", 4, steps, marks)
 
 
 def start_on_folder(folder: Path, rows: int) -> dict:
