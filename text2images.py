@@ -97,6 +97,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-n", "--images_num", type=int, default=1, help="pictures of each caption; picture k has seed + k")
     add("-s", "--seed", type=int, default=42, help="of the first picture of each caption")
     add("--num_inference_steps", type=int, default=50, help="denoising steps")
+    text = "the first and last so many steps compute in float, with the int8 weights: slower, and closer to fp32"
+    add("--high_precision_steps", type=int, default=0, metavar="K", help=text)
     add(
         "--guidance_scale", type=float, default=7.5, help="how closely to follow the caption; at most 1 switches it off"
     )
@@ -124,6 +126,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         edge = getattr(args, name)
         if edge is not None and (edge < 8 or edge % 8):
             parser.error(f"--{name} {edge} must be a multiple of 8: {max(8, edge // 8 * 8)} would do")
+    if args.high_precision_steps < 0:
+        parser.error("--high_precision_steps must not be negative")
+    if args.high_precision_steps and args.quantized_model_name_or_path is None:
+        parser.error("--high_precision_steps is for int8: give -qm too, or leave it out")
     if not 0 <= args.seed < 2**63 - args.images_num:
         parser.error("--seed must be a non-negative 64-bit number")
     return args
@@ -140,7 +146,7 @@ class InputQuantizer:
     """Turns a layer's input into uint8; layers that read the same tensor share one, and it works once for all."""
 
     def __init__(self, scale: float, zero_point: int, factor: torch.Tensor) -> None:
-        self.scale, self.zero_point = scale, zero_point
+        self.scale, self.zero_point, self.factor = scale, zero_point, factor
         self.steps = scale * factor  # of each channel; [C] or [C, 1, 1], to broadcast over the input
         self.seen: Any = lambda: None  # weak reference to the latest input
         self.levels = torch.empty(0)
@@ -178,10 +184,17 @@ class Int8Layer(nn.Module):
         self.register_buffer("input_factor", torch.empty(weight.shape[1] * groups, device="meta"))
         self.register_buffer("bias", None if bias is None else torch.empty(bias.shape, device="meta"))
         self.input_quantizer: InputQuantizer | None = None
+        self.high_precision = False  # compute in float, with the int8 weights
 
-    def make_ready(self, use_kernels: bool, dtype: torch.dtype, device: torch.device) -> None:
-        """Pack the weight for the int8 kernel, or dequantize it for the reference path."""
+    def make_ready(
+        self, use_kernels: bool, dtype: torch.dtype, device: torch.device, keep_weights: bool = False
+    ) -> None:
+        """Pack the weight for the int8 kernel, or dequantize it for the reference path.
+
+        A packed weight cannot be read any more; `keep_weights` keeps the other one too, for high precision.
+        """
         self.use_kernels, self.dtype = use_kernels, dtype
+        self.stored_weight = self.weight if keep_weights else None
         factor = self.input_factor.view(-1, *[1] * (self.weight.dim() - 2)).to(device)
         self.input_quantizer = InputQuantizer(self.input_scale.item(), self.input_zero_point.item(), factor)
         if use_kernels:
@@ -190,6 +203,12 @@ class Int8Layer(nn.Module):
         else:
             self.weight = dequantize(self.weight, self.weight_scale).to(device, dtype)
             self.bias = None if self.bias is None else self.bias.to(device, dtype)
+
+    def float_input_and_weights(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What a float layer of the same weights takes: dequantized here, as a float copy of all would fill memory."""
+        weight = dequantize(self.stored_weight, self.weight_scale).to(x.device, self.dtype)
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return (x.float() / self.input_quantizer.factor).to(self.dtype), weight, bias
 
 
 # The kernels, and the same as operators of their own, which torch.compile calls and leaves alone: its own int8
@@ -260,6 +279,8 @@ class Int8Linear(Int8Layer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         quantizer = self.input_quantizer
+        if self.high_precision:
+            return F.linear(*self.float_input_and_weights(x))
         if not self.use_kernels:
             return F.linear(quantizer.fake_quantize(x), self.weight, self.bias)
         kernel = int8_linear if torch.compiler.is_compiling() else qlinear
@@ -283,6 +304,8 @@ class Int8Conv2d(Int8Layer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         quantizer = self.input_quantizer
+        if self.high_precision:
+            return F.conv2d(*self.float_input_and_weights(x), *self.geometry)
         if not self.use_kernels:
             return F.conv2d(quantizer.fake_quantize(x), self.weight, self.bias, *self.geometry)
         levels = quantizer.quantize(x.contiguous(memory_format=torch.channels_last))
@@ -450,7 +473,9 @@ def checksum(state_dict: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
+def build_int8_unet(
+    payload: dict[str, Any], dtype: torch.dtype, device: torch.device, keep_weights: bool = False
+) -> UNet2DConditionModel:
     """A diffusers UNet with int8 layers, filled from the file; the full-precision UNet is never made.
 
     Raises:
@@ -482,7 +507,7 @@ def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.d
     use_kernels = device.type == "cpu" and kernels_are_exact()
     for module in unet.modules():
         if isinstance(module, Int8Layer):
-            module.make_ready(use_kernels, dtype, device)
+            module.make_ready(use_kernels, dtype, device, keep_weights)
         else:
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.to(device, dtype), requires_grad=False))
@@ -562,7 +587,7 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
         if args.quantized_model_name_or_path is not None:
             payload = read_quant_model(args.quantized_model_name_or_path)
             check_architecture(payload, UNet2DConditionModel.load_config(name, subfolder="unet"), name)
-            parts["unet"] = build_int8_unet(payload, dtype, device)
+            parts["unet"] = build_int8_unet(payload, dtype, device, keep_weights=args.high_precision_steps > 0)
         pipeline = StableDiffusionPipeline.from_pretrained(name, dtype=dtype, **parts)
     except (OSError, ValueError) as error:
         raise UsageError(f"-m {name}: {str(error).strip().splitlines()[0]}") from error
@@ -650,6 +675,22 @@ def initial_latents(pipeline: StableDiffusionPipeline, jobs: list[Job], height: 
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs])
 
 
+class PrecisionSwitch:
+    """The pipeline's step callback: in the first and last K steps the int8 layers compute in float."""
+
+    def __init__(self, unet: UNet2DConditionModel, steps: int) -> None:
+        self.layers, self.steps = [layer for layer in unet.modules() if isinstance(layer, Int8Layer)], steps
+        self.set(steps > 0)
+
+    def set(self, high_precision: bool) -> None:
+        for layer in self.layers:
+            layer.high_precision = high_precision
+
+    def __call__(self, pipeline: StableDiffusionPipeline, step: int, timestep: Any, tensors: dict) -> dict:
+        self.set(step + 1 < self.steps or step + 1 >= pipeline.num_timesteps - self.steps)
+        return tensors
+
+
 @torch.no_grad()
 def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Namespace) -> list[Painting]:
     """Denoise, decode and check one batch of pictures."""
@@ -666,6 +707,7 @@ def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Nam
         generator=[torch.Generator().manual_seed(job.seed) for job in jobs],  # for samplers that add noise
         latents=initial_latents(pipeline, jobs, height, width).to(pipeline.device),
         output_type="latent",
+        callback_on_step_end=PrecisionSwitch(pipeline.unet, args.high_precision_steps),
     ).images
     vae = pipeline.vae
     decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
@@ -764,6 +806,7 @@ def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> di
         "guidance_scale": args.guidance_scale,
         "negative_prompt": args.negative_prompt,
         "scheduler": type(pipeline.scheduler).__name__,
+        "high_precision_steps": args.high_precision_steps,
         "model": args.pretrained_model_name_or_path,
         "quant_model": str(file) if file else None,
         "precision": "int8" if file else around,
