@@ -139,7 +139,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 #
 # The convention of quant_model.pt: a weight is worth q * weight_scale[out], q int8; an input is worth
 # (q - zero_point) * input_scale, q = clamp(round(x / input_factor[in] / input_scale) + zero_point, 0, 255), uint8.
-# The weights hold the input factors. A layer with int8 weights but no input_scale computes in float.
+# The weights hold the input factors. A layer with int8 weights but no input_scale computes in float, without factors.
 
 
 class InputQuantizer:
@@ -167,9 +167,10 @@ class InputQuantizer:
         return ((levels - self.zero_point) * self.scale).to(x.dtype)
 
 
-def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """int8 weight [out, ...] and scales [out] -> fp32."""
-    return weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))
+def dequantize(weight: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
+    """int8 weight [out, in, ...] and its scales [out] -> fp32, freed of the input factors [in] where they are given."""
+    weight = weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))
+    return weight if factor is None else weight / factor.view(1, -1, *[1] * (weight.dim() - 2))
 
 
 class Int8Layer(nn.Module):
@@ -497,9 +498,10 @@ def build_int8_unet(
             setattr(unet.get_submodule(parent), child, int8)
         for name in weight_only:
             weight, scale = state_dict[f"{name}.weight"], state_dict.pop(f"{name}.weight_scale")
-            if weight.dtype != torch.int8 or scale.shape != weight.shape[:1]:
-                raise ValueError(f"{name}.weight_scale does not fit its weight")
-            state_dict[f"{name}.weight"] = dequantize(weight, scale).to(dtype)
+            factor = state_dict.pop(f"{name}.input_factor")
+            if weight.dtype != torch.int8 or scale.shape != weight.shape[:1] or factor.shape != weight.shape[1:2]:
+                raise ValueError(f"{name}.weight_scale or input_factor does not fit its weight")
+            state_dict[f"{name}.weight"] = dequantize(weight, scale, factor).to(dtype)
         check_fit(state_dict, unet.state_dict(), set(int8_names))
         unet.load_state_dict(state_dict, assign=True)
     except Exception as error:  # a wrong config fails inside diffusers in its own ways

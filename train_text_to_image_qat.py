@@ -86,6 +86,7 @@ DEFAULT_KEEP_FLOAT = ["conv_in", "conv_out", "time_embedding", r".*\.conv_shortc
 # residual stream have the longest tails, and quantizing them would cost about what int8 arithmetic gains there.
 DEFAULT_WEIGHT_ONLY = [r".*\.time_emb_proj", r".*\.attn2\.to_[kv]", r".*\.proj_(in|out)", r".*\.ff\.net\.2"]
 SMOOTHING = 0.8  # share of an input channel's range that its weights take over (SmoothQuant's alpha)
+WEIGHT_ONLY_SMOOTHING = 0.5  # likewise, where the input is not quantized
 CALIBRATION_GUIDANCE = 7.5  # the guidance scale that pictures are painted with by default
 CALIBRATION_PICTURE_STEPS = 20  # denoising steps of a calibration picture: spread over all timesteps
 MAX_BAD_SHARE = 0.1  # stop when more than this share of the pictures cannot be read
@@ -717,6 +718,11 @@ def per_channel(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return scale.view(-1, *[1] * (weight.dim() - 1))
 
 
+def per_input_channel(factor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[in] -> [1, in, 1, ...], to broadcast over `weight`."""
+    return factor.view(1, -1, *[1] * (weight.dim() - 2))
+
+
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 weight [out, ...] and its scales [out]."""
     scale = weight_scales(weight)
@@ -733,13 +739,15 @@ class FakeQuantizeWeight(torch.autograd.Function):
     """Round to the int8 grid and back; the gradient passes straight through (arXiv 1308.3432), as nothing clips."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, weight: torch.Tensor, divisor: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """`divisor` broadcasts over the weight, and divides what comes back."""
+        ctx.divisor = divisor
         scale = per_channel(weight_scales(weight), weight)
-        return (torch.round(weight.float() / scale) * scale).to(compute_dtype(weight))
+        return (torch.round(weight.float() / scale) * (scale / divisor)).to(compute_dtype(weight))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad / ctx.divisor, None
 
 
 class FakeQuantizeActivation(torch.autograd.Function):
@@ -774,18 +782,12 @@ class FakeQuantizeActivation(torch.autograd.Function):
         return (grad * inside / factor).to(x.dtype), None, grad_log_scale, None
 
 
-class InputQuantizer(nn.Module):
-    """The quantizer of one input tensor; layers that read the same tensor share one.
-
-    Only `observe` and `freeze_range` change its state, so gradient checkpointing, which runs the forward
-    pass twice, trains the same model as without it.
-    """
+class InputObserver(nn.Module):
+    """What is known of one input tensor, for all layers that read it: the channels' ranges and factors."""
 
     def __init__(self, channels: int, channel_dim: int) -> None:
         super().__init__()
         self.channel_dim = channel_dim
-        self.log_scale = nn.Parameter(torch.zeros(()))
-        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.register_buffer("factor", torch.ones(channels))
         # observed per channel, [channels]; every range holds 0, as padding needs it
         self.register_buffer("low", torch.zeros(channels), persistent=False)
@@ -799,6 +801,19 @@ class InputQuantizer(nn.Module):
         if torch.isfinite(high - low).all():
             self.low.copy_(torch.minimum(self.low, low))
             self.high.copy_(torch.maximum(self.high, high))
+
+
+class InputQuantizer(InputObserver):
+    """The quantizer of one input tensor.
+
+    Only `observe` and `freeze_range` change its state, so gradient checkpointing, which runs the forward
+    pass twice, trains the same model as without it.
+    """
+
+    def __init__(self, channels: int, channel_dim: int) -> None:
+        super().__init__(channels, channel_dim)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
 
     @torch.no_grad()
     def freeze_range(self) -> None:
@@ -814,17 +829,22 @@ class InputQuantizer(nn.Module):
 
 
 class FakeInt8:
-    """What FakeInt8Linear and FakeInt8Conv2d share: the step before the float arithmetic."""
+    """What FakeInt8Linear and FakeInt8Conv2d share: the step before the float arithmetic.
+
+    `observer` is an InputQuantizer, or an InputObserver where only the weights are int8.
+    """
 
     mode = "float"  # float: as it was; observe: also widen the input's range; quantize
 
     def quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and weight as the int8 twin of this layer will use them."""
-        if self.mode == "observe" and self.input_quantizer is not None:
-            self.input_quantizer.observe(x)
+        if self.mode == "observe":
+            self.observer.observe(x)
         if self.mode != "quantize":
             return x, self.weight
-        return x if self.input_quantizer is None else self.input_quantizer(x), FakeQuantizeWeight.apply(self.weight)
+        if isinstance(self.observer, InputQuantizer):
+            return self.observer(x), FakeQuantizeWeight.apply(self.weight)
+        return x, FakeQuantizeWeight.apply(self.weight, per_input_channel(self.observer.factor, self.weight))
 
 
 class FakeInt8Linear(FakeInt8, nn.Linear):
@@ -834,8 +854,8 @@ class FakeInt8Linear(FakeInt8, nn.Linear):
     def from_float(cls, layer: nn.Linear, quantize_input: bool) -> FakeInt8Linear:
         fake = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         fake.weight, fake.bias = layer.weight, layer.bias
-        quantizer = InputQuantizer(layer.in_features, channel_dim=-1).to(layer.weight.device)
-        fake.input_quantizer = quantizer if quantize_input else None
+        observer = InputQuantizer if quantize_input else InputObserver
+        fake.observer = observer(layer.in_features, channel_dim=-1).to(layer.weight.device)
         return fake
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -847,13 +867,14 @@ class FakeInt8Conv2d(FakeInt8, nn.Conv2d):
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d, quantize_input: bool) -> FakeInt8Conv2d:
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            raise UsageError(f"a convolution pads by {layer.padding_mode}, {layer.padding}: --keep_float it")
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or layer.groups != 1:
+            how = f"pads by {layer.padding_mode}, {layer.padding}, in {layer.groups} groups"
+            raise UsageError(f"a convolution {how}: --keep_float it")
         shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        fake = cls(*shape, layer.groups, layer.bias is not None, device="meta")
+        fake = cls(*shape, bias=layer.bias is not None, device="meta")
         fake.weight, fake.bias = layer.weight, layer.bias
-        quantizer = InputQuantizer(layer.in_channels, channel_dim=1).to(layer.weight.device)
-        fake.input_quantizer = quantizer if quantize_input else None
+        observer = InputQuantizer if quantize_input else InputObserver
+        fake.observer = observer(layer.in_channels, channel_dim=1).to(layer.weight.device)
         return fake
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -861,8 +882,8 @@ class FakeInt8Conv2d(FakeInt8, nn.Conv2d):
 
 
 class Int8Weights(nn.Module):
-    """What is kept of a converted layer: weight int8, weight_scale [out], bias, and where the input is quantized too
-    input_scale [], input_zero_point [], input_factor [in].
+    """What is kept of a converted layer: weight int8, weight_scale [out], input_factor [in], bias, and where the input
+    is quantized too input_scale [], input_zero_point [].
 
     It computes nothing: text2images.py builds the int8 layer that runs from these tensors.
     """
@@ -872,13 +893,16 @@ class Int8Weights(nn.Module):
         stored = cls()
         weight, weight_scale = quantize_weight(layer.weight)
         bias = None if layer.bias is None else layer.bias.detach()
-        tensors = {"weight": weight, "weight_scale": weight_scale, "bias": bias}
-        if (quantizer := layer.input_quantizer) is not None:
-            tensors |= {
-                "input_scale": quantizer.log_scale.detach().exp(),
-                "input_zero_point": quantizer.zero_point.clone(),
-                "input_factor": quantizer.factor.clone(),
-            }
+        observer = layer.observer
+        tensors = {
+            "weight": weight,
+            "weight_scale": weight_scale,
+            "input_factor": observer.factor.clone(),
+            "bias": bias,
+        }
+        if isinstance(observer, InputQuantizer):
+            scale, zero_point = observer.log_scale.detach().exp(), observer.zero_point.clone()
+            tensors |= {"input_scale": scale, "input_zero_point": zero_point}
         for name, tensor in tensors.items():
             stored.register_buffer(name, tensor)
         return stored
@@ -892,19 +916,29 @@ def swap(unet: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(unet.get_submodule(parent), child, layer)
 
 
-def share_input_quantizers(unet: nn.Module) -> None:
+def share_observers(unet: nn.Module) -> None:
     """Self-attention's q, k and v read one tensor, cross-attention's k and v another: one range for each."""
     for attention in unet.modules():
         if not hasattr(attention, "to_q"):
             continue
         readers = [attention.to_k, attention.to_v] + ([] if attention.is_cross_attention else [attention.to_q])
-        fakes = [layer for layer in readers if getattr(layer, "input_quantizer", None) is not None]
-        for layer in fakes[1:]:
-            layer.input_quantizer = fakes[0].input_quantizer
+        kinds: dict[type, InputObserver] = {}
+        for layer in readers:
+            if isinstance(layer, FakeInt8):
+                layer.observer = kinds.setdefault(type(layer.observer), layer.observer)
+
+
+def observers(unet: nn.Module) -> dict[InputObserver, list[nn.Module]]:
+    """What is observed or quantized, and the layers that read it."""
+    readers: dict[InputObserver, list[nn.Module]] = {}
+    for layer in unet.modules():
+        if isinstance(layer, FakeInt8):
+            readers.setdefault(layer.observer, []).append(layer)
+    return readers
 
 
 def input_quantizers(unet: nn.Module) -> list[InputQuantizer]:
-    return [module for module in unet.modules() if isinstance(module, InputQuantizer)]
+    return [observer for observer in observers(unet) if isinstance(observer, InputQuantizer)]
 
 
 def set_mode(unet: nn.Module, mode: str) -> None:
@@ -968,7 +1002,7 @@ def int8_algorithm(unet: nn.Module, configs_mapping: dict, mode: Mode, **kwargs:
         elif layer.weight.abs().max() < torch.finfo(torch.float16).max:  # bf16 is as small and 8 times coarser
             layer.weight = nn.Parameter(layer.weight.detach().half(), requires_grad=False)
     if mode == Mode.PREPARE:
-        share_input_quantizers(unet)
+        share_observers(unet)
     return unet
 
 
@@ -1053,10 +1087,10 @@ def calibrate(
             unconditional, conditional = output.chunk(2)
             output = unconditional + CALIBRATION_GUIDANCE * (conditional - unconditional)
             latents = scheduler.step(output, timestep, latents).prev_sample
-    for quantizer in input_quantizers(student):
-        if accelerator.num_processes > 1:
-            torch.distributed.all_reduce(quantizer.low, op=torch.distributed.ReduceOp.MIN)
-            torch.distributed.all_reduce(quantizer.high, op=torch.distributed.ReduceOp.MAX)
+    if accelerator.num_processes > 1:
+        for observer in observers(student):
+            torch.distributed.all_reduce(observer.low, op=torch.distributed.ReduceOp.MIN)
+            torch.distributed.all_reduce(observer.high, op=torch.distributed.ReduceOp.MAX)
     smooth(student)
     for quantizer in input_quantizers(student):
         quantizer.freeze_range()
@@ -1069,22 +1103,19 @@ def smooth(unet: nn.Module) -> None:
 
     A few large channels then no longer set the step size of all (SmoothQuant, arXiv 2211.10438, equation 4). There
     the factors are folded into the norm before; here the quantizer divides by them, which costs nothing either, as
-    it divides by its scale anyway, and works behind any operation.
+    it divides by its scale anyway, and works behind any operation. Weights that are int8 alone are divided by them
+    when they are dequantized.
     """
-    readers: dict[InputQuantizer, list[nn.Module]] = {}
-    for layer in unet.modules():
-        if isinstance(layer, FakeInt8) and layer.input_quantizer is not None:
-            readers.setdefault(layer.input_quantizer, []).append(layer)
-    for quantizer, layers in readers.items():
-        inputs = torch.maximum(-quantizer.low, quantizer.high)
+    for observer, layers in observers(unet).items():
+        inputs = torch.maximum(-observer.low, observer.high)
         weights = torch.stack([layer.weight.abs().transpose(0, 1).flatten(1).amax(dim=1) for layer in layers])
-        weights = weights.amax(dim=0)
-        log_factor = SMOOTHING * inputs.log() - (1 - SMOOTHING) * weights.log()
+        share = SMOOTHING if isinstance(observer, InputQuantizer) else WEIGHT_ONLY_SMOOTHING
+        log_factor = share * inputs.log() - (1 - share) * weights.amax(dim=0).log()
         used = torch.isfinite(log_factor)  # a channel that is always 0, or never counts, has no say
         log_factor = torch.where(used, log_factor - log_factor[used].mean(), 0.0)
-        quantizer.factor.copy_(log_factor.exp())
+        observer.factor.copy_(log_factor.exp())
         for layer in layers:
-            layer.weight.mul_(quantizer.factor.view(1, -1, *[1] * (layer.weight.dim() - 2)))
+            layer.weight.mul_(per_input_channel(observer.factor, layer.weight))
 
 
 # ---------------------------------------------------------------- losses

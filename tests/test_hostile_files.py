@@ -197,7 +197,11 @@ def write_hostile_files(quant_model: Path, folder: Path, trace: Path) -> dict[st
         ("extra", {"mid_block.more": torch.ones(1)}, "mid_block.more is not part of it"),
         ("name", {"a\x1b[2J": torch.ones(1)}, r"'a\x1b[2J' is no plain tensor"),
         ("no layer", {"conv_norm_out.input_scale": torch.ones(1)}, "conv_norm_out is neither Linear nor Conv2d"),
-        ("bomb", {"conv_out.weight_scale": torch.ones(10**6)}, "conv_out.weight_scale does not fit its weight"),
+        (
+            "bomb",
+            {"conv_out.weight_scale": torch.ones(10**6), "conv_out.input_factor": torch.ones(64)},
+            "conv_out.weight_scale or input_factor does not fit its weight",
+        ),
     ]:
         changed = with_checksum({**payload, "state_dict": {**state_dict, **changes}})
         torch.save(changed, new(name, message))

@@ -142,7 +142,7 @@ def test_prepare_swaps_all_layers_but_those_kept_in_float() -> None:
     fake = {name for name in layers if isinstance(unet.get_submodule(name), trainer.FakeInt8)}
     kept = {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
     assert layers - fake == kept | {name for name in layers if name.endswith("conv_shortcut")}
-    weight_only = {name for name in fake if unet.get_submodule(name).input_quantizer is None}
+    weight_only = {name for name in fake if not isinstance(unet.get_submodule(name).observer, trainer.InputQuantizer)}
     block = "mid_block.attentions.0.transformer_blocks.0"
     assert {f"{block}.attn2.to_k", f"{block}.attn2.to_v", f"{block}.ff.net.2"} <= weight_only
     assert {f"{block}.attn2.to_q", f"{block}.attn1.to_q", f"{block}.ff.net.0.proj"} <= fake - weight_only
@@ -152,8 +152,8 @@ def test_prepare_swaps_all_layers_but_those_kept_in_float() -> None:
 def test_one_quantizer_for_an_input_that_several_layers_read() -> None:
     block = prepared_unet("--keep_float").mid_block.attentions[0].transformer_blocks[0]
     own, cross = block.attn1, block.attn2
-    assert own.to_q.input_quantizer is own.to_k.input_quantizer is own.to_v.input_quantizer
-    assert cross.to_k.input_quantizer is cross.to_v.input_quantizer is not cross.to_q.input_quantizer
+    assert own.to_q.observer is own.to_k.observer is own.to_v.observer
+    assert cross.to_k.observer is cross.to_v.observer is not cross.to_q.observer
 
 
 def test_prepared_unet_computes_the_same_until_it_is_calibrated() -> None:
@@ -177,7 +177,7 @@ def test_smoothing_evens_out_outlier_channels() -> None:
         layer.mode = "observe"
         layer(x * scale)
         trainer.smooth(nn.ModuleList([layer]))
-        layer.input_quantizer.freeze_range()
+        layer.observer.freeze_range()
         layer.mode = "quantize"
         errors.append((layer(x * scale) - expected).square().mean().sqrt().item())
     assert errors[0] < 0.02 and errors[1] < 1.5 * errors[0]
@@ -190,7 +190,7 @@ def test_smoothing_leaves_the_size_of_weights_and_unused_channels_alone() -> Non
     layer.mode = "observe"
     layer(x)
     trainer.smooth(nn.ModuleList([layer]))
-    factor = layer.input_quantizer.factor
+    factor = layer.observer.factor
     assert factor[5] == 1 and factor.log().mean().item() == pytest.approx(0, abs=1e-5)
     assert factor[0] > 10 and factor[4] < 0.1
     assert torch.allclose(layer.weight, before * factor)
@@ -207,7 +207,7 @@ def test_convert_stores_int8_weights_and_half_precision_for_layers_kept_in_float
     tensors = {name.rpartition(".")[2] for name in state if name.startswith("down_blocks.0.resnets.0.conv1.")}
     assert tensors == {"weight", "weight_scale", "bias", "input_scale", "input_zero_point", "input_factor"}
     tensors = {name.rpartition(".")[2] for name in state if name.startswith("down_blocks.0.resnets.0.time_emb_proj.")}
-    assert tensors == {"weight", "weight_scale", "bias"} and state["conv_in.weight"].dim() == 4
+    assert tensors == {"weight", "weight_scale", "input_factor", "bias"} and state["conv_in.weight"].dim() == 4
     assert state["conv_in.weight"].dtype == torch.float16
     assert state["down_blocks.0.resnets.0.norm1.weight"].dtype == torch.float32
     assert not any("log_scale" in name for name in state)
@@ -497,7 +497,7 @@ def test_new_run_in_an_old_folder_keeps_its_own_checkpoints(train, tmp_path: Pat
 
 def test_resuming_with_other_settings_is_refused(train, tmp_path: Path) -> None:
     train(tmp_path, "--max_train_steps", "2", "--checkpointing_steps", "1")
-    with pytest.raises(trainer.UsageError, match=r"learning_rate \(then 1e-05, now 0.1\)"):
+    with pytest.raises(trainer.UsageError, match=r"learning_rate \(then 5e-06, now 0.1\)"):
         train(tmp_path, "--max_train_steps", "3", "--learning_rate", "0.1", "--resume_from_checkpoint", "latest")
 
 
