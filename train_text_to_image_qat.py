@@ -167,9 +167,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train_batch_size", type=int, default=4, help="pictures per process and forward pass")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
     add("--gradient_checkpointing", action="store_true", help="less memory for about a third more time")
-    add("--learning_rate", type=float, default=5e-6, help="peak, for the weights")
+    add("--learning_rate", type=float, default=1e-6, help="peak, for the weights")
     text = "peak, for the logarithms of the activation scales; 0 freezes them as calibrated"
-    add("--quantizer_learning_rate", type=float, default=1e-2, help=text)
+    add("--quantizer_learning_rate", type=float, default=3e-2, help=text)
     add("--scale_lr", action="store_true", help="multiply --learning_rate by processes x accumulation x batch size")
     schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
     add("--lr_scheduler", default="cosine", choices=schedules, help="schedule over all steps")

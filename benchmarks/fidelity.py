@@ -40,6 +40,8 @@ VARIANTS = {
     "int8-ptq": Variant(PTQ, ["--dtype", "float32"]),
     "int8-qat": Variant(QAT, ["--dtype", "float32"]),
     "int8-qat-constant": Variant(ORIGINAL, ["--dtype", "float32"]),
+    "int8-qat-high-precision-2": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "2"]),
+    "int8-qat-high-precision-5": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "5"]),
     "int8-ptq-bf16": Variant(PTQ, ["--dtype", "bfloat16"]),
     "int8-qat-bf16": Variant(QAT, ["--dtype", "bfloat16"]),
 }

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import check_scenes
@@ -277,3 +279,21 @@ def test_bundled_model_paints_what_is_asked(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "out.json").read_text())
     assert len(result["pictures"]) == 24
     assert min(result["attributes"][name]["percent_as_asked"] for name in ("sky", "mountains", "ground")) >= 75
+
+
+def test_stressed_variant_computes_the_same_with_outliers(model_dir: Path, tmp_path: Path) -> None:
+    stressed = tmp_path / "stressed"
+    command = [sys.executable, str(DEMO / "stress.py"), "--pretrained_model_name_or_path", str(model_dir)]
+    subprocess.run([*command, "--output_dir", str(stressed), "--factor", "64"], check=True, capture_output=True)
+    outputs, ranges = [], []
+    for folder in (model_dir, stressed):
+        pipeline = StableDiffusionPipeline.from_pretrained(folder)
+        inputs = pipeline.tokenizer("a", padding="max_length", return_tensors="pt").input_ids
+        generator = torch.Generator().manual_seed(0)
+        noisy_latents = torch.randn(1, 4, 16, 16, generator=generator)
+        with torch.no_grad():
+            hidden_states = pipeline.text_encoder(inputs)[0]
+            outputs.append(pipeline.unet(noisy_latents, 500, hidden_states).sample)
+        ranges.append((hidden_states.abs().max() / hidden_states.abs().median()).item())
+    assert torch.allclose(*outputs, atol=1e-5 * outputs[0].abs().max().item())
+    assert ranges[1] > 5 * ranges[0]

@@ -497,7 +497,7 @@ def test_new_run_in_an_old_folder_keeps_its_own_checkpoints(train, tmp_path: Pat
 
 def test_resuming_with_other_settings_is_refused(train, tmp_path: Path) -> None:
     train(tmp_path, "--max_train_steps", "2", "--checkpointing_steps", "1")
-    with pytest.raises(trainer.UsageError, match=r"learning_rate \(then 5e-06, now 0.1\)"):
+    with pytest.raises(trainer.UsageError, match=r"learning_rate \(then 1e-06, now 0.1\)"):
         train(tmp_path, "--max_train_steps", "3", "--learning_rate", "0.1", "--resume_from_checkpoint", "latest")
 
 
