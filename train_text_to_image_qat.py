@@ -395,6 +395,14 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
+def reason_of(error: BaseException) -> str:
+    """What the system said: torch raises errors of its own about a full disk, before and after the system's."""
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    return first_line(next((link for link in chain if isinstance(link, OSError)), error))
+
+
 # ---------------------------------------------------------------- data
 
 
@@ -1431,7 +1439,7 @@ def save_checkpoint(trainer: Trainer, args: argparse.Namespace) -> None:
         partial.rename(folder)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk, in its context
         shutil.rmtree(partial, ignore_errors=True)
-        reason = first_line(error.__context__ or error)
+        reason = reason_of(error)
         raise TrainingError(f"{folder} was not written ({reason}); earlier ones are kept") from error
     kept = checkpoints(args.output_dir)
     kept = kept[: kept.index(folder) + 1]  # later ones are of an earlier run
@@ -1587,7 +1595,7 @@ def save_int8(trainer: Trainer, config: Int8Config, losses: dict[str, float], ar
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        reason = first_line(error.__context__ or error)
+        reason = reason_of(error)
         raise TrainingError(f"{path} was not written ({reason}); the last checkpoint is kept") from error
     size = path.stat().st_size
     logger.info(f"wrote {path}: {size / 1e6:.1f} MB, {size / fp32_bytes:.3f} of the fp32 UNet")

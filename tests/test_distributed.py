@@ -45,7 +45,7 @@ def watch_ranks(script: Any) -> None:
         log.write_text(str(os.getpid()))
 
     def noted_distill(state: Any, *rest: Any) -> dict:
-        ranges = {name: tensor.clone() for name, tensor in state.student.state_dict().items() if "quantizer" in name}
+        ranges = {name: tensor.clone() for name, tensor in state.student.state_dict().items() if "observer" in name}
         losses = distill(state, *rest)
         state_after = {"calibrated": ranges, "student": state.student.state_dict(), "ema": state.ema.shadow_params}
         torch.save({**state_after, "losses": losses}, f"{log}.rank{rank}")
