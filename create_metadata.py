@@ -27,6 +27,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from json.encoder import encode_basestring as quoted
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -315,7 +316,9 @@ def start_worker() -> None:
 def check_pair(folder: str, verify: bool, keep_empty: bool, pair: Pair) -> Verdict:
     try:
         with open(f"{folder}/{pair.caption}", "rb", buffering=0) as file:
-            data = file.read(MAX_CAPTION_BYTES + 1)
+            data = file.read(4096)
+            if len(data) == 4096:  # rare: asked for a MiB at once, Python would make room for it every time
+                data += file.read(MAX_CAPTION_BYTES + 1 - 4096)
     except OSError:
         return Verdict(None, [UNREADABLE])
     text, remark = decode(data)
@@ -395,10 +398,9 @@ def write_metadata(rows: list[tuple[str, str]], args: argparse.Namespace) -> Pat
 
 
 def jsonl_line(row: tuple[str, str]) -> str:
-    fields = {"file_name": row[0], "text": row[1]}
-    line = json.dumps(fields, ensure_ascii=False)
+    line = f'{{"file_name": {quoted(row[0])}, "text": {quoted(row[1])}}}'
     if len(line.splitlines()) > 1:  # a name with U+2028: readers that use splitlines() would cut the row in two
-        line = json.dumps(fields)
+        line = json.dumps({"file_name": row[0], "text": row[1]})
     return line + "\n"
 
 

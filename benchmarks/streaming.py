@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import sys
 import tarfile
 import tempfile
@@ -27,6 +26,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
+
+from output import cpu_name, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -168,12 +169,8 @@ def main() -> None:
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for each in rows:
         print("| " + " | ".join(str(each.get(key, "-")) for key in columns) + " |")
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": threads}
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        machine["cpu"] = next((line.split(":")[1].strip() for line in file if "model name" in line), machine["cpu"])
-    partial = args.output.with_name(args.output.name + ".partial")
-    partial.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(args.output)
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads}
+    write_json({"machine": machine, "rows": rows}, args.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """create_metadata.py: what it writes, what it leaves out and why, and that it never harms a file."""
 
 import errno
+import functools
 import json
 import os
 import random
@@ -625,7 +626,9 @@ def test_ended_from_outside(tmp_path, how):
         os.link(tmp_path / "0.txt", tmp_path / f"{key}.txt")
     before = set(os.listdir(tmp_path))
     command = [sys.executable, SCRIPT, "-p", tmp_path, "--num_workers", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as child:
+    # a shell has its background jobs, and so perhaps this test, ignore Ctrl-C
+    obey = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=obey) as child:
         try:
             deadline = time.monotonic() + 30
             while len(workers := children(child.pid)) < 3 and time.monotonic() < deadline:  # two, and their tracker
@@ -641,3 +644,14 @@ def test_ended_from_outside(tmp_path, how):
     assert child.returncode == (130 if how == signal.SIGINT else -9), stderr
     assert how == signal.SIGKILL or stderr == "interrupted: nothing written\n"
     assert set(os.listdir(tmp_path)) == before
+
+
+def test_benchmark_runs_every_command_on_its_pairs(tmp_path):
+    output = tmp_path / "metadata.json"
+    script = SCRIPT.parent / "benchmarks" / "metadata.py"
+    flags = ["--pairs", "40", "--large_pairs", "20", "--rounds", "1", "--scratch", str(tmp_path)]
+    subprocess.run([sys.executable, script, *flags, "--output", output], check=True)
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["pairs"] for row in rows] == [40, 40, 20, 20] and list(tmp_path.iterdir()) == [output]
+    assert [row["ratio"] == 1 for row in rows] == [True, False, True, False]
+    assert all(0 < row["cpu_seconds"] for row in rows)
