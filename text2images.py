@@ -46,6 +46,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
@@ -160,7 +162,8 @@ class InputQuantizer:
 
     def to_levels(self, x: torch.Tensor) -> torch.Tensor:
         levels = x.to(torch.float32, copy=True).div_(self.steps).round_()
-        return levels.add_(self.zero_point).clamp_(0, 255).to(torch.uint8)
+        levels = levels.add_(self.zero_point - 128).clamp_(-128, 127)
+        return levels.to(torch.int8).view(torch.uint8).bitwise_xor_(128)  # 7 times as fast as .to(torch.uint8)
 
     def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
         levels = torch.clamp(torch.round(x.float() / self.steps) + self.zero_point, 0, 255)
@@ -482,7 +485,11 @@ def build_int8_unet(
     Raises:
         UsageError: the tensors do not fit the architecture that the file names.
     """
-    state_dict, config = dict(payload["state_dict"]), payload["unet_config"]
+    # int8 weights will be packed; with all else copied, nothing holds the file in memory once the payload is gone
+    state_dict = {
+        name: part if part.dtype == torch.int8 else part.clone() for name, part in payload["state_dict"].items()
+    }
+    config = payload["unet_config"]
     int8_names = [name.removesuffix(".input_scale") for name in state_dict if name.endswith(".input_scale")]
     weight_only = [name.removesuffix(".weight_scale") for name in state_dict if name.endswith(".weight_scale")]
     weight_only = [name for name in weight_only if name not in set(int8_names)]
@@ -514,7 +521,10 @@ def build_int8_unet(
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.to(device, dtype), requires_grad=False))
     share_input_quantizers(unet)
-    unet = unet.to(memory_format=torch.channels_last) if not use_kernels else unet
+    if use_kernels:
+        speed_up_attention(unet)
+    else:
+        unet = unet.to(memory_format=torch.channels_last)
     path = "oneDNN int8 kernels" if use_kernels else "the reference path at float speed (no exact int8 kernels here)"
     layers = sum(isinstance(module, (nn.Linear, nn.Conv2d, Int8Layer)) for module in unet.modules())
     rest = f"{len(weight_only)} more with int8 weights and float arithmetic"
@@ -542,6 +552,56 @@ def unet_defaults() -> dict[str, Any]:
     """All that configures a UNet, with the values it has where a config.json does not say."""
     parameters = inspect.signature(UNet2DConditionModel.__init__).parameters
     return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+
+
+# PyTorch's attention multiplies bf16 matrices at fp32 speed on CPUs that have AVX512-BF16 but no AMX; oneDNN does not.
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """softmax(query key^T / sqrt(D)) value, bf16 [B, heads, L, D], in blocks whose scores stay in the cache.
+
+    Scores come out in bf16, too coarse for large ones. Softmax does not mind a constant, so the greatest score of a
+    row, as far as every 16th key tells, goes off inside the product, which adds in fp32: the scores that count are
+    small then. Measured errors are 1.1 to 1.2 times those of PyTorch's attention, 2 to 2.5 without this.
+    """
+    scale, rows = query.shape[-1] ** -0.5, 128
+    top = torch.matmul(query, key[:, :, ::16].transpose(2, 3)).amax(dim=-1, keepdim=True)
+    heads_query = torch.cat([query, -top], dim=-1).flatten(0, 1)
+    heads_key = torch.cat([key, torch.ones_like(key[..., :1])], dim=-1).flatten(0, 1).transpose(1, 2)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    scores = query.new_empty(rows, key.shape[2])
+    for q, k, v, out in zip(heads_query, heads_key, value.flatten(0, 1), output.flatten(0, 1)):
+        for q_rows, out_rows in zip(q.split(rows), out.split(rows)):
+            block = scores[: len(q_rows)]
+            torch.addmm(block, q_rows, k, beta=0, alpha=scale, out=block)
+            torch.mm(torch.softmax(block, dim=-1), v, out=out_rows)
+    return output
+
+
+fast_attend = torch.library.custom_op("sd_unet_int8::attend", attend, mutates_args=())
+fast_attend.register_fake(lambda query, key, value: torch.empty_like(query, memory_format=torch.contiguous_format))
+
+
+class LongSelfAttention(AttnProcessor2_0):
+    """diffusers' attention processor, with `attend` where the sequence is long."""
+
+    def __call__(self, attention: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        masked = kwargs.get("attention_mask") is not None
+        if x.dim() != 3 or x.shape[1] < 1024 or x.dtype != torch.bfloat16 or masked:
+            return super().__call__(attention, x, *args, **kwargs)
+        projections = (attention.to_q, attention.to_k, attention.to_v)
+        query, key, value = (layer(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for layer in projections)
+        kernel = fast_attend if torch.compiler.is_compiling() else attend
+        return attention.to_out[0](kernel(query, key, value).transpose(1, 2).flatten(2))
+
+
+def speed_up_attention(unet: UNet2DConditionModel) -> None:
+    capabilities = torch.cpu.get_capabilities()
+    if not capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+        return
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock) and not block.attn1.is_cross_attention:
+            block.attn1.set_processor(LongSelfAttention())
 
 
 def share_input_quantizers(unet: UNet2DConditionModel) -> None:
@@ -590,6 +650,7 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
             payload = read_quant_model(args.quantized_model_name_or_path)
             check_architecture(payload, UNet2DConditionModel.load_config(name, subfolder="unet"), name)
             parts["unet"] = build_int8_unet(payload, dtype, device, keep_weights=args.high_precision_steps > 0)
+            del payload
         pipeline = StableDiffusionPipeline.from_pretrained(name, dtype=dtype, **parts)
     except (OSError, ValueError) as error:
         raise UsageError(f"-m {name}: {str(error).strip().splitlines()[0]}") from error
@@ -715,7 +776,8 @@ def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Nam
     decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
     finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
     decoded, flagged = pipeline.run_safety_checker(torch.nan_to_num(decoded), pipeline.device, vae.dtype)
-    images = pipeline.image_processor.postprocess(decoded, output_type="pil")
+    shown = [not flag for flag in flagged or [False] * len(jobs)]  # the checker's black is 0 of 0..1, not of -1..1
+    images = pipeline.image_processor.postprocess(decoded, output_type="pil", do_denormalize=shown)
     seconds = (time.perf_counter() - began) / len(jobs)
     paintings = []
     for index, job in enumerate(jobs):

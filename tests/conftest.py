@@ -75,6 +75,7 @@ def tiny_pipeline(**scheduler: str) -> StableDiffusionPipeline:
         sample_size=SIZE,
     )
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    schedule |= {"steps_offset": 1}
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text),

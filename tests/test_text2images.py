@@ -14,7 +14,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPVisionConfig
+from transformers.models.clip import CLIPImageProcessorPil
 
 import text2images
 import train_text_to_image_qat as trainer
@@ -160,6 +166,33 @@ def test_inputs_stay_floats_where_every_layer_is_int8(train, tmp_path: Path) -> 
     assert all(torch.equal(given, kept) for given, kept in zip(unet_inputs(), inputs))
 
 
+@pytest.mark.parametrize("size", [1.0, 2.5, 6.0])
+def test_attention_in_blocks_errs_little_more_than_pytorchs(size: float) -> None:
+    """Rows and keys are no multiples of the block; large scores are where bf16 is coarse."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 40) * by for n, by in ((300, size), (1100, size), (1100, 1)))
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    coarse = [tensor.bfloat16() for tensor in (query, key, value)]
+    ours, theirs = text2images.attend(*coarse), F.scaled_dot_product_attention(*coarse)
+    assert (ours - exact).norm() < 1.3 * (theirs - exact).norm()
+    assert torch.equal(text2images.fast_attend(*coarse), ours)
+
+
+def test_long_self_attention_is_that_of_diffusers() -> None:
+    torch.manual_seed(0)
+    block = BasicTransformerBlock(64, 2, 32, cross_attention_dim=48).bfloat16().eval()
+    context = torch.randn(2, 7, 48).bfloat16()
+    for length, same in ((1000, True), (1024, False)):
+        x = torch.randn(2, length, 64).bfloat16()
+        with torch.no_grad():
+            block.attn1.set_processor(AttnProcessor2_0())
+            expected = block(x, encoder_hidden_states=context)
+            block.attn1.set_processor(text2images.LongSelfAttention())
+            given = block(x, encoder_hidden_states=context)
+        assert torch.equal(given, expected) == same  # short ones are left to diffusers
+        assert (given - expected).float().norm() < 0.003 * expected.float().norm()
+
+
 # ---------------------------------------------------------------- files that are not what they should be
 
 
@@ -170,6 +203,15 @@ def changed(quant_model: Path, path: Path, **changes) -> Path:
         payload["checksum"] = text2images.checksum(payload["state_dict"])
     torch.save(payload, path)
     return path
+
+
+def test_int8_unet_holds_nothing_of_the_file_in_memory(quant_model: Path) -> None:
+    payload = text2images.read_quant_model(quant_model)
+    unet = text2images.build_int8_unet(payload, torch.float32, torch.device("cpu"))
+    of_file = {part.untyped_storage().data_ptr() for part in payload["state_dict"].values()}
+    tensors = [part for module in unet.modules() for part in vars(module).values() if isinstance(part, torch.Tensor)]
+    tensors += [*unet.parameters(), *(part for part in unet.buffers() if part.layout == torch.strided)]
+    assert not of_file & {part.untyped_storage().data_ptr() for part in tensors}
 
 
 def test_missing_file_is_an_error_not_a_full_precision_run(tmp_path: Path) -> None:
@@ -383,6 +425,35 @@ def test_flagged_picture_is_reported_as_such(model_dir: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(text2images.StableDiffusionPipeline, "run_safety_checker", checker)
     assert paint(model_dir, tmp_path, "-c", "a")[0]["status"] == "flagged"
+
+
+def test_safety_checker_of_the_checkpoint_blackens_unless_it_is_disabled(model_dir: Path, tmp_path: Path) -> None:
+    edges = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision = CLIPVisionConfig(**edges, image_size=16, patch_size=8, projection_dim=16)
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision.to_dict(), projection_dim=16))
+    checker.concept_embeds_weights.fill_(-2)  # a cosine is above that whatever the picture
+    pipeline = text2images.StableDiffusionPipeline.from_pretrained(model_dir)
+    size = {"height": 16, "width": 16}
+    sorter = CLIPImageProcessorPil(size=size, crop_size=size)
+    pipeline.register_modules(safety_checker=checker, feature_extractor=sorter)
+    pipeline.save_pretrained(tmp_path / "model")
+    for flags, status in (([], "flagged"), (["--disable_safety_checker"], "ok")):
+        (row,) = paint(tmp_path / "model", tmp_path / status, "-c", "a", *flags)
+        assert row["status"] == status
+        black = np.asarray(Image.open(tmp_path / status / row["file"])).max() == 0
+        assert black == (status == "flagged")
+
+
+def test_text_encoder_in_the_layout_of_older_transformers_paints_the_same(model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_dir, tmp_path / "old")
+    file = tmp_path / "old/text_encoder/model.safetensors"
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    pictures = []
+    for model in (model_dir, tmp_path / "old"):
+        (row,) = paint(model, tmp_path / f"of {model.name}", "-c", "a lake")
+        pictures.append(np.asarray(Image.open(tmp_path / f"of {model.name}" / row["file"])))
+    assert np.array_equal(*pictures) and pictures[0].std() > 0
 
 
 @pytest.mark.parametrize(
