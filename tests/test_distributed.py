@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import socket
@@ -44,12 +45,11 @@ def watch_ranks(script: Any) -> None:
     if rank == "1":
         log.write_text(str(os.getpid()))
 
-    def noted_distill(state: Any, *rest: Any) -> dict:
+    def noted_distill(state: Any, *rest: Any) -> None:
         ranges = {name: tensor.clone() for name, tensor in state.student.state_dict().items() if "observer" in name}
-        losses = distill(state, *rest)
+        distill(state, *rest)
         state_after = {"calibrated": ranges, "student": state.student.state_dict(), "ema": state.ema.shadow_params}
-        torch.save({**state_after, "losses": losses}, f"{log}.rank{rank}")
-        return losses
+        torch.save({**state_after, "losses": state.losses}, f"{log}.rank{rank}")
 
     def noted_checkpoint(*arguments: Any) -> None:
         print(f"rank {rank} writes a checkpoint")
@@ -90,6 +90,28 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(start, train, tm
 
     resume = ["--gradient_accumulation_steps", "2", "--resume_from_checkpoint", str(output / "checkpoint-3")]
     assert train(tmp_path / "resumed", *flags, *resume)["checksum"] == one["checksum"]  # by one process
+
+
+def nan_on_rank_1(script: Any) -> None:
+    watch_ranks(script)
+    encode, batches = script.sample_latents, []
+
+    def second_is_nan(*arguments: Any) -> torch.Tensor:
+        batches.append(1)
+        return encode(*arguments) * (math.nan if os.environ["RANK"] == "1" and len(batches) == 2 else 1)
+
+    script.sample_latents = second_is_nan
+
+
+def test_batch_of_nan_in_one_process_is_left_out_by_both(start, tmp_path: Path) -> None:
+    output, flags = tmp_path / "two", ["--max_train_steps", "3", "--use_ema", "--learning_rate", "1e-3"]
+    processes = pair(start, [output, output], *flags, hook=nan_on_rank_1)
+    logs = [finish(process) for process in processes]
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert "1 non-finite steps left out" in logs[0]
+    first, second = (torch.load(f"{output}.pid.rank{rank}", weights_only=True) for rank in (0, 1))
+    for name, tensor in first["student"].items():
+        assert torch.equal(tensor, second["student"][name]) and torch.isfinite(tensor).all(), name
 
 
 def test_streams_are_shared_by_two_processes(start, tmp_path: Path) -> None:

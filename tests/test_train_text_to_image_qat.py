@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from neural_compressor.torch.quantization import convert, prepare
 from PIL import Image
 
 import train_text_to_image_qat as trainer
-from conftest import SIZE, run_command, tiny_pipeline, tiny_unet
+from conftest import ROOT, SIZE, run_command, tiny_pipeline, tiny_unet, training_in_process
 
 
 def parse(*flags: str):
@@ -40,9 +41,7 @@ def calibrated_unet() -> nn.Module:
     trainer.set_mode(unet, "observe")
     with torch.no_grad():
         unet(*unet_inputs())
-    trainer.smooth(unet)
-    for quantizer in trainer.input_quantizers(unet):
-        quantizer.freeze_range()
+    trainer.set_ranges(unet)
     trainer.set_mode(unet, "quantize")
     return unet
 
@@ -79,12 +78,13 @@ def test_gradient_passes_straight_through_the_rounding_of_a_weight() -> None:
 
 def test_activation_rounding_error_is_at_most_half_a_scale_within_the_range() -> None:
     quantizer = trainer.InputQuantizer(channels=1, channel_dim=-1)
-    x = torch.rand(1000, 1) * 5 - 2
+    x = torch.linspace(-2, 3, 1000)[:, None]
     quantizer.observe(x)
     quantizer.freeze_range()
     scale = quantizer.log_scale.exp().item()
     assert scale == pytest.approx(5 / 255, rel=0.01)
-    assert (quantizer(x) - x).abs().max().item() <= scale / 2 * 1.001 + 1e-6
+    least = -quantizer.zero_point.item() * scale  # the zero point is rounded: up to half a scale beside the range
+    assert (quantizer(x) - x.clamp(least, least + 255 * scale)).abs().max().item() <= scale / 2 * 1.001 + 1e-6
     assert quantizer(torch.tensor([[-100.0], [0.0], [100.0]])).flatten().tolist() == pytest.approx(
         [-2, 0, 3], abs=scale
     )
@@ -96,7 +96,7 @@ def test_gradients_of_an_activation_follow_lsq() -> None:
     x = torch.tensor([0.6, -0.3, 1000.0, -1000.0], requires_grad=True)
     zero_point = torch.tensor(100, dtype=torch.int32)
     factor = torch.tensor([1.0, 4.0, 1.0, 4.0])
-    quantized = trainer.FakeQuantizeActivation.apply(x * factor, factor, log_scale, zero_point)
+    quantized = trainer.FakeQuantizeActivation.apply(x * factor, -1, factor, log_scale, zero_point)
     assert quantized.tolist() == pytest.approx([0.5, -0.5, 155 * 0.5, -100 * 0.5])
     quantized.sum().backward()
     assert x.grad.tolist() == [1, 1, 0, 0]  # clipped values get none
@@ -131,6 +131,112 @@ def test_gradient_checkpointing_changes_neither_output_nor_gradients() -> None:
         output.square().mean().backward()
         results.append([output, *(parameter.grad for parameter in unet.parameters())])
     assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*results))
+
+
+def test_one_input_is_quantized_once_for_all_layers_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same outputs and ranges, and the same gradients but for the order of a sum, as each by itself."""
+    results, calls = [], []
+    rounded = trainer.round_activation
+    monkeypatch.setattr(trainer, "round_activation", lambda *arguments: calls.append(1) or rounded(*arguments))
+    for readers in (3, 1):
+        unet = calibrated_unet()
+        attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+        assert attention.to_q.observer.readers == 3
+        attention.to_q.observer.readers = readers
+        calls.clear()
+        x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        sum(
+            (k + 1) * layer(x).sum() for k, layer in enumerate((attention.to_q, attention.to_k, attention.to_v))
+        ).backward()
+        results.append((len(calls), x.grad, attention.to_q.observer.log_scale.grad, attention.to_k.weight.grad))
+        assert attention.to_q.observer.latest is None  # nothing is kept in memory
+    (once, *shared), (thrice, *alone) = results
+    assert (once, thrice) == (1, 3)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(shared, alone))
+
+
+def test_average_follows_diffusers_ema() -> None:
+    student = nn.Linear(7, 5)
+    ours, theirs = (
+        trainer.EMAModel(student.parameters(), decay=1.0, use_ema_warmup=True, inv_gamma=5.0, power=1.0) for _ in "ab"
+    )
+    state = trainer.Trainer(student, None, None, ours)
+    for _ in range(20):
+        with torch.no_grad():
+            student.weight.add_(torch.randn(5, 7))
+        state.update_ema()
+        theirs.step(student.parameters())
+    assert ours.cur_decay_value == theirs.cur_decay_value
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours.shadow_params, theirs.shadow_params))
+
+
+# ---------------------------------------------------------------- compiled fake quantization
+
+
+class OnCpu:
+    device = torch.device("cpu")
+
+    def autocast(self):
+        return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_fake_quantization_has_the_bits_of_the_written_one() -> None:
+    """But for the gradient of the scale, a sum of which the compiler chooses the order."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, channels in ((96, 40), (1, 33), (64, 64)):
+        weight, x, grad = (torch.randn(rows, channels, generator=generator) for _ in range(3))
+        factor = torch.rand(channels, generator=generator) + 0.5
+        for divisor in (torch.ones(()), factor):
+            arguments = (weight, divisor, torch.bfloat16)
+            assert torch.equal(trainer.round_weight.compiled(*arguments), trainer.round_weight.written(*arguments))
+        x, grad = (3 * x).bfloat16(), grad.bfloat16()
+        grid = (factor, torch.tensor(0.01), torch.tensor(100, dtype=torch.int32))  # clips about two in three
+        arguments = (x, *grid, torch.bfloat16)
+        assert torch.equal(trainer.round_activation.compiled(*arguments), trainer.round_activation.written(*arguments))
+        compiled, total = trainer.activation_gradients.compiled(grad, x, *grid)
+        expected, expected_total = trainer.activation_gradients.written(grad, x, *grid)
+        assert torch.equal(compiled, expected) and 0 < expected.count_nonzero() < expected.numel()
+        assert total.item() == pytest.approx(expected_total.item(), rel=1e-4, abs=1e-4)
+
+
+def test_fake_quantization_runs_uncompiled_where_it_does_not_pay_or_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*arguments: torch.Tensor) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(trainer.Fused, "enabled", False)
+    monkeypatch.setattr(trainer.round_activation, "compiled", no_compiler)
+    trainer.compile_fake_quantization(nn.Linear(2, 2), OnCpu())
+    assert not trainer.Fused.enabled and not caplog.records
+    monkeypatch.setattr(trainer, "COMPILE_ABOVE", 1)
+    trainer.compile_fake_quantization(nn.Linear(2, 2), OnCpu())
+    assert not trainer.Fused.enabled and "uncompiled, which is slower: no C++ compiler" in caplog.text
+
+
+@pytest.mark.full
+def test_compiled_training_follows_uncompiled_training_and_resumes_to_the_same_bits(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundled model: the mean loss of 20 steps to a thousandth."""
+    monkeypatch.setattr(trainer.Fused, "enabled", False)
+    losses, note = [], trainer.Watch.note
+    monkeypatch.setattr(
+        trainer.Watch, "note", lambda watch, parts, bad: losses.append(parts["loss"].item()) or note(watch, parts, bad)
+    )
+    flags = ["--max_train_steps", "20", "--mixed_precision", "bf16", "--checkpointing_steps", "19", "--use_ema"]
+    with training_in_process(ROOT / "demo/tiny-stable-diffusion", data_dir) as run:
+        run(tmp_path / "written", *flags)
+        monkeypatch.setattr(trainer, "COMPILE_ABOVE", 1)
+        whole = run(tmp_path / "compiled", *flags)
+        assert trainer.Fused.enabled
+        resumed = run(tmp_path / "compiled", *flags, "--resume_from_checkpoint", "latest")
+    written, compiled = (torch.tensor(losses[start : start + 20]) for start in (0, 20))
+    print(f"losses, written {written.tolist()}, compiled {compiled.tolist()}")
+    assert len(losses) == 41 and compiled.mean().item() == pytest.approx(written.mean().item(), rel=1e-3)
+    assert torch.allclose(compiled, written, rtol=0.02)
+    assert equal_states(whole, resumed)
 
 
 # ---------------------------------------------------------------- prepare and convert
@@ -278,6 +384,7 @@ def test_center_crop_takes_the_middle() -> None:
     [
         ({}, "run python create_metadata.py"),
         ({"metadata.jsonl": "{}", "metadata.csv": ""}, "delete one"),
+        ({"00000.tar": ""}, "--streaming"),
         ({"metadata.jsonl": '{"file_name": "a.jpg"}'}, "no 'text' among file_name"),
         ({"metadata.jsonl": '{"file_name": "../a.jpg", "text": ""}'}, "outside the folder"),
         ({"metadata.jsonl": '{"file_name": "/etc/a.jpg", "text": ""}'}, "outside the folder"),
@@ -396,15 +503,73 @@ def test_resumed_run_ends_with_the_same_bits(train, tmp_path: Path) -> None:
     assert whole["training"]["losses"] == resumed["training"]["losses"]
 
 
+def test_run_killed_between_its_last_checkpoint_and_the_end_writes_the_same_file(train, tmp_path: Path) -> None:
+    flags = ["--max_train_steps", "2", "--checkpointing_steps", "2"]
+    whole = train(tmp_path, *flags)
+    resumed = train(tmp_path, *flags, "--resume_from_checkpoint", "latest")
+    assert whole["training"]["losses"] and whole["training"] == resumed["training"]
+    assert whole["checksum"] == resumed["checksum"]
+
+
+def test_cached_latents_train_the_same_model_and_are_encoded_once(train, data_dir, tmp_path: Path, monkeypatch) -> None:
+    flags = ["--max_train_steps", "4", "--center_crop", "--checkpointing_steps", "2", "--learning_rate", "1e-3"]
+    flags += ["--max_train_samples", "2", "--proportion_empty_prompts", "0.5", "--random_flip", "--use_ema"]
+    flags += ["--train_batch_size", "1"]  # pairs are encoded one by one: the bits of another size may differ
+    encoded, encode = [], trainer.encode
+    counted = lambda pipeline, batch, device: encoded.append("latents" not in batch) or encode(pipeline, batch, device)  # noqa: E731
+    monkeypatch.setattr(trainer, "encode", counted)
+    plain = train(tmp_path / "plain", *flags)
+    assert encoded == [True] * 4
+    encoded.clear()
+    cached = train(tmp_path / "cached", *flags, "--cache_latents")
+    (folder,) = (tmp_path / "cached").glob("latents-*")
+    assert encoded == [True] * len(list(folder.iterdir())) + [False] * 4
+    assert equal_states(plain, cached)
+    for removed in (tmp_path / "cached" / "checkpoint-4", next(folder.iterdir())):
+        removed.rename(removed.with_suffix(".partial"))
+    encoded.clear()
+    resumed = train(tmp_path / "cached", *flags, "--cache_latents", "--resume_from_checkpoint", "latest")
+    assert sum(encoded) == 1 and equal_states(cached, resumed)
+    (tmp_path / "cached" / "checkpoint-4").rename(tmp_path / "cached" / "checkpoint-4.partial")
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(trainer.UsageError, match="is damaged .*: delete it and resume"):
+        train(tmp_path / "cached", *flags, "--cache_latents", "--resume_from_checkpoint", "latest")
+
+
+def test_cached_latents_are_not_those_of_another_dataset(train, data_dir: Path, tmp_path: Path) -> None:
+    flags = ["--max_train_steps", "1", "--center_crop", "--cache_latents"]
+    for more in ([], [], ["--resolution", "16"], ["--max_train_samples", "3"]):
+        train(tmp_path, *flags, *more)
+    assert len(list(tmp_path.glob("latents-*"))) == 3
+
+
+@pytest.mark.parametrize("flags", [["--random_flip"], ["--center_crop", "--streaming", "--max_train_steps", "1"]])
+def test_latents_are_cached_only_where_a_pair_has_one_crop(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse("--cache_latents", *flags)
+    assert left.value.code == 2 and "give --center_crop, and no --streaming" in capsys.readouterr().err
+
+
+def test_full_disk_while_latents_are_cached_is_named(train, tmp_path: Path, monkeypatch) -> None:
+    def full_disk(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(trainer.TrainingError, match=r"latents-\w+/.*.pt was not written: .*No space left"):
+        train(tmp_path, "--max_train_steps", "1", "--center_crop", "--cache_latents")
+
+
 def test_data_workers_do_not_change_the_result(train, tmp_path: Path) -> None:
     flags = ["--max_train_steps", "2", "--random_flip"]
     alone = train(tmp_path / "alone", *flags)
     assert equal_states(alone, train(tmp_path / "workers", *flags, "--dataloader_num_workers", "2"))
 
 
-def test_gradient_checkpointing_gives_the_same_ranges(train, tmp_path: Path) -> None:
-    plain = train(tmp_path / "plain", "--max_train_steps", "0")
-    checkpointed = train(tmp_path / "checkpointed", "--max_train_steps", "0", "--gradient_checkpointing")
+def test_gradient_checkpointing_gives_the_same_weights_and_ranges(train, tmp_path: Path) -> None:
+    flags = ["--max_train_steps", "3", "--use_ema", "--learning_rate", "1e-3", "--quantizer_learning_rate", "0.1"]
+    plain = train(tmp_path / "plain", *flags)
+    checkpointed = train(tmp_path / "checkpointed", *flags, "--gradient_checkpointing")
     assert equal_states(plain, checkpointed)
 
 
@@ -462,6 +627,12 @@ def test_schedule_ends_with_the_last_step(train, tmp_path: Path, monkeypatch, ac
     assert len(rates) == saved["training"]["steps"]
     if "--num_train_epochs" in length:
         assert len(rates) == math.ceil(11 / (2 * int(accumulation)))
+
+
+def test_memory_is_foretold_before_the_training(train, tmp_path: Path, caplog) -> None:
+    train(tmp_path, "--max_train_steps", "1", "--use_ema", "--mixed_precision", "no")
+    size = 6 * 4e-9 * sum(parameter.numel() for parameter in tiny_unet().parameters())
+    assert f"about {size:.1f} GB for weights" in caplog.text
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_counted(train, tmp_path: Path, monkeypatch, caplog) -> None:

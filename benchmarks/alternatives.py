@@ -1,0 +1,174 @@
+#!/usr/bin/env python
+"""What was tried and is not in the scripts: other quantizers, other calibrations. Each is put in place of the script's
+own part, and the script run with the flags that follow.
+
+    python benchmarks/alternatives.py published train_text_to_image_qat.py --pretrained_model_name_or_path ...
+
+benchmarks/fidelity.py measures them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from torch.ao.quantization import FakeQuantize, default_fake_quant, default_per_channel_weight_fake_quant
+
+import text2images as painter
+import train_text_to_image_qat as trainer
+
+# ---------------------------------------------------------------- other calibrations
+
+
+def without_smoothing() -> None:
+    """Plain min-max: one step size for large and small channels alike."""
+    trainer.smooth = lambda unet: None
+
+
+@torch.no_grad()
+def calibrate_on_noised_pictures(student, pipeline, dataset, accelerator, args) -> None:
+    """In place of trainer.calibrate: noised training pictures, as the teacher saw them, instead of its own painting."""
+    trainer.set_mode(student, "observe")
+    scheduler = pipeline.noise_scheduler
+    numbers = range(2 * args.calibration_steps)  # the painting has two branches
+    batches = torch.utils.data.DataLoader(dataset, batch_sampler=dataset.micro_batches(numbers, args))
+    for number, batch in zip(numbers, batches):
+        generator = trainer.generator_for(args.seed, "calibration", number)
+        distribution, encoder_hidden_states = trainer.encode(pipeline, batch, accelerator.device)
+        latents = trainer.sample_latents(distribution, generator, pipeline.vae)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+        with accelerator.autocast():
+            student(scheduler.add_noise(latents, noise, timesteps), timesteps, encoder_hidden_states)
+    trainer.set_ranges(student)
+
+
+class LeastErrorQuantizer(trainer.InputQuantizer):
+    """Clips where the squared error over a sample of the observed inputs is least, instead of never."""
+
+    ROWS, SHARES = 64, torch.linspace(0.3, 1, 71)
+
+    def __init__(self, channels: int, channel_dim: int) -> None:
+        super().__init__(channels, channel_dim)
+        self.sample: list[torch.Tensor] = []
+
+    def observe(self, x: torch.Tensor) -> None:
+        super().observe(x)
+        rows = x.detach().movedim(self.channel_dim, -1).flatten(0, -2).float()
+        self.sample.append(rows[torch.linspace(0, len(rows) - 1, self.ROWS).long()])
+
+    @torch.no_grad()
+    def freeze_range(self) -> None:
+        low, high = (self.low / self.factor).min(), (self.high / self.factor).max()
+        x = torch.cat(self.sample) / self.factor
+        least = math.inf
+        for share in self.SHARES:
+            scale = share * (high - low).clamp(min=1e-8) / 255
+            zero_point = torch.round(-share * low / scale).clamp(0, 255)
+            error = ((torch.round(x / scale) + zero_point).clamp(0, 255) - zero_point) * scale - x
+            if error.square().mean() < least:
+                least = error.square().mean()
+                self.log_scale.copy_(scale.log())
+                self.zero_point.copy_(zero_point)
+        self.sample.clear()
+
+
+def least_error() -> None:
+    trainer.InputQuantizer = LeastErrorQuantizer
+
+
+# ---------------------------------------------------------------- the published recipe
+
+
+class PublishedLayer(nn.Module):
+    """A Linear or Conv2d as neural-compressor 2.x trains it: input, weight and output fake-quantized, ranges that move
+    with every forward pass."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input, self.output = (default_fake_quant(reduce_range=False) for _ in range(2))
+        self.quantized_weight = default_per_channel_weight_fake_quant()
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear | nn.Conv2d, quantize_input: bool) -> PublishedLayer:
+        return cls(layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, weight = self.input(x.float()), self.quantized_weight(self.layer.weight)
+        if isinstance(self.layer, nn.Conv2d):
+            return self.output(self.layer._conv_forward(x, weight, self.layer.bias).float())
+        return self.output(F.linear(x, weight, self.layer.bias).float())
+
+
+def publish(unet: nn.Module) -> None:
+    """Make every Linear and Conv2d a PublishedLayer."""
+    for name, layer in list(unet.named_modules()):
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            trainer.swap(unet, name, PublishedLayer(layer))
+
+
+def published() -> None:
+    """Every layer a PublishedLayer, to be trained with the original's flags; painted with the ranges it ended with."""
+    trainer.FAKE_INT8 = {"Linear": PublishedLayer, "Conv2d": PublishedLayer}
+    calibrate = trainer.calibrate
+
+    def observe(student: nn.Module, *rest: Any) -> None:
+        if rest[-1].max_train_steps:  # ranges come from the training itself
+            return
+        for module in student.modules():
+            if isinstance(module, FakeQuantize):
+                module.disable_fake_quant()
+        calibrate(student, *rest)
+        for module in student.modules():
+            if isinstance(module, FakeQuantize):
+                module.enable_fake_quant()
+
+    def save(run: trainer.Trainer, config: Any, args: Any) -> None:
+        if run.ema is not None:
+            run.ema.copy_to(run.student.parameters())
+        torch.save(run.student.state_dict(), args.output_dir / "quant_model.pt")
+
+    def build(state_dict: dict[str, torch.Tensor], dtype: torch.dtype, *rest: Any, **options: Any) -> nn.Module:
+        unet = painter.UNet2DConditionModel.from_config(state_dict.pop("config"))
+        publish(unet)
+        unet.load_state_dict(state_dict)
+        for module in unet.modules():
+            if isinstance(module, FakeQuantize):
+                module.disable_observer()
+        return unet.eval()
+
+    def read(path: Path) -> dict[str, Any]:
+        model = sys.argv[sys.argv.index("-m") + 1]
+        config = painter.UNet2DConditionModel.load_config(model, subfolder="unet")
+        return torch.load(painter.quant_model_file(path), weights_only=True) | {"config": config}
+
+    trainer.calibrate, trainer.save_int8 = observe, save
+    painter.read_quant_model, painter.build_int8_unet = read, build
+    painter.check_architecture = lambda *rest: None
+
+
+ALTERNATIVES: dict[str, Callable[[], None]] = {
+    "without_smoothing": without_smoothing,
+    "noised_pictures": lambda: setattr(trainer, "calibrate", calibrate_on_noised_pictures),
+    "least_error": least_error,
+    "published": published,
+}
+
+
+def main() -> None:
+    name, script, *flags = sys.argv[1:]
+    ALTERNATIVES[name]()
+    {"train_text_to_image_qat.py": trainer, "text2images.py": painter}[script].main(flags)
+
+
+if __name__ == "__main__":
+    main()
