@@ -2,8 +2,9 @@
 """How close int8 pictures are to fp32's, recipe by recipe, on the same captions and seeds.
 
 Trains every variant on the bundled model with train_text_to_image_qat.py, paints demo/captions.txt
-with text2images.py and compares with evaluate.py. What is done already in --work_dir is not done
-again, so an interrupted run goes on. Writes the report as JSON.
+with text2images.py, compares with evaluate.py, and counts with demo/check_scenes.py how often the
+pictures show what their captions say. What is done already in --work_dir is not done again, so an
+interrupted run goes on. Writes the report as JSON, and the default's contact sheet beside it.
 
     python benchmarks/fidelity.py --output benchmarks/results/fidelity.json
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,49 +21,84 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "demo")]
+
+import check_scenes  # noqa: E402
+from output import write_json  # noqa: E402
+
 PTQ = ["--max_train_steps=0"]
 QAT = ["--max_train_steps=300", "--use_ema"]
 ORIGINAL = [*QAT, "--learning_rate=1e-05", "--lr_scheduler=constant"]  # as in the original README
+PUBLISHED = [*ORIGINAL, "--keep_float", "--task_weight=1", "--mixed_precision=no", "--quantizer_learning_rate=0"]
+FLOAT_CANDIDATES = {
+    "conv_in-conv_out": ["conv_in", "conv_out"],
+    "time_embedding": ["time_embedding"],
+    "time_emb_proj": [r".*\.time_emb_proj"],
+    "cross_kv": [r".*\.attn2\.to_[kv]"],
+    "conv_shortcut": [r".*\.conv_shortcut"],
+    "proj": [r".*\.proj_(in|out)"],
+    "ff2": [r".*\.ff\.net\.2"],
+}
+BASELINES = ("bf16", "int8-ptq", "int8-ptq-bf16", "published")  # the report keeps differences from these
 
 
 @dataclass
 class Variant:
-    """trainer: flags of the training, None for a full-precision picture; painter: flags of the painting."""
+    """trainer: flags of the training, None for a full-precision picture; painter: flags of the painting;
+    alternative: of benchmarks/alternatives.py, instead of the script's own way."""
 
     trainer: list[str] | None
-    painter: list[str] = field(default_factory=list)
+    painter: list[str] = field(default_factory=lambda: ["--dtype", "float32"])
+    alternative: str | None = None
 
 
 VARIANTS = {
-    "fp32": Variant(None, ["--dtype", "float32"]),
+    "fp32": Variant(None),
     "bf16": Variant(None, ["--dtype", "bfloat16"]),  # the noise floor
-    "int8-ptq": Variant(PTQ, ["--dtype", "float32"]),
-    "int8-qat": Variant(QAT, ["--dtype", "float32"]),
-    "int8-qat-constant": Variant(ORIGINAL, ["--dtype", "float32"]),
-    "int8-qat-high-precision-2": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "2"]),
-    "int8-qat-high-precision-5": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "5"]),
+    "int8-ptq": Variant(PTQ),
+    "int8-qat": Variant(QAT),
     "int8-ptq-bf16": Variant(PTQ, ["--dtype", "bfloat16"]),
     "int8-qat-bf16": Variant(QAT, ["--dtype", "bfloat16"]),
+    "int8-qat-high-precision-2": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "2"]),
+    "int8-qat-high-precision-5": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "5"]),
+    # the published recipe: quantized outputs, moving ranges, every layer; and its quantizers without training
+    "published": Variant(PUBLISHED, alternative="published"),
+    "published-ptq": Variant([*PUBLISHED, *PTQ], alternative="published"),
+    # the way to the default, one thing at a time
+    "int8-ptq-all-min-max": Variant([*PTQ, "--keep_float"], alternative="without_smoothing"),
+    "int8-ptq-all": Variant([*PTQ, "--keep_float"]),
+    "int8-ptq-without-smoothing": Variant(PTQ, alternative="without_smoothing"),
+    "int8-ptq-noised-pictures": Variant(PTQ, alternative="noised_pictures"),
+    "int8-ptq-least-error": Variant(PTQ, alternative="least_error"),
+    **{f"int8-ptq-float-{name}": Variant([*PTQ, "--keep_float", *what]) for name, what in FLOAT_CANDIDATES.items()},
+    "int8-qat-frozen-ranges": Variant([*QAT, "--quantizer_learning_rate=0"]),
+    "int8-qat-feature-kd": Variant([*QAT, "--feature_kd_weight=0.1"]),
+    "int8-qat-task-loss": Variant([*QAT, "--task_weight=0.1"]),
+    "int8-qat-no-ema": Variant(["--max_train_steps=300"]),
+    "int8-qat-constant": Variant(ORIGINAL),
 }
 
 
-def run(*command: str | Path) -> float:
+def run(script: str, *flags: str | Path | int | float, alternative: str | None = None) -> float:
     """Run a script; returns its seconds."""
     began = time.monotonic()
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+    command = [script] if alternative is None else ["benchmarks/alternatives.py", alternative, script]
+    subprocess.run([sys.executable, *command, *map(str, flags)], cwd=ROOT, check=True)
     return time.monotonic() - began
 
 
-def train(flags: list[str], args: argparse.Namespace) -> tuple[Path, float | None]:
-    """quant_model.pt of these flags, and the seconds it took; variants with equal flags share it."""
-    folder = args.work_dir / ("trained " + " ".join(flag.lstrip("-").replace("/", "_") for flag in flags))
+def train(variant: Variant, args: argparse.Namespace) -> tuple[Path, float]:
+    """Its quant_model.pt, and the seconds it took; variants that are trained in the same way share it."""
+    words = [flag.lstrip("-") for flag in ([variant.alternative] if variant.alternative else []) + variant.trainer]
+    folder = args.work_dir / f"trained {' '.join(words)}".replace("\\", "").replace("*", "_").replace("|", "_")
     seconds = folder / "seconds.json"
     if not seconds.is_file():
         shutil.rmtree(folder, ignore_errors=True)
         data = ["--train_data_dir", args.train_data_dir, "--resolution=64", "--train_batch_size=4", "--use_cpu"]
         data += ["--center_crop", "--random_flip", "--report_to=none", "--checkpointing_steps=1000000"]
         model = ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
-        took = run("train_text_to_image_qat.py", *model, *data, *flags, "--output_dir", folder)
+        what = [*model, *data, *variant.trainer, "--output_dir", folder]
+        took = run("train_text_to_image_qat.py", *what, alternative=variant.alternative)
         seconds.write_text(json.dumps(took))
     return folder / "quant_model.pt", json.loads(seconds.read_text())
 
@@ -72,7 +107,7 @@ def paint(name: str, variant: Variant, args: argparse.Namespace) -> tuple[Path, 
     """The folder of the variant's pictures, and the seconds of its training."""
     quantized, seconds = [], None
     if variant.trainer is not None:
-        file, seconds = train(variant.trainer, args)
+        file, seconds = train(variant, args)
         quantized = ["-qm", file]
     folder = args.work_dir / name
     if not folder.is_dir():
@@ -81,9 +116,22 @@ def paint(name: str, variant: Variant, args: argparse.Namespace) -> tuple[Path, 
         what = ["--captions_file", args.captions_file, "-n", args.images_num, "--batch_size", 16]
         how = ["--num_inference_steps", args.num_inference_steps, "--guidance_scale", args.guidance_scale]
         model = ["-m", args.pretrained_model_name_or_path, *quantized, *variant.painter]
-        run("text2images.py", *model, *what, *how, "--output_dir", partial)
+        run("text2images.py", *model, *what, *how, "--output_dir", partial, alternative=variant.alternative)
         partial.rename(folder)
     return folder, seconds
+
+
+def caption_accuracies(folders: list[Path]) -> list[float]:
+    """Percent of what the captions ask for (sky, mountains, ground, object, side) that each folder shows."""
+    ridges, _ = check_scenes.fit_classifier(900)
+    percentages = []
+    for folder in folders:
+        requests = check_scenes.read_requests(folder)
+        seen = check_scenes.see(ridges, [check_scenes.look(image) for image in check_scenes.open_pictures(requests)])
+        counts = check_scenes.accuracy([request.asked for request in requests], seen).values()
+        hits = sum(pictures * percent for pictures, percent in counts if pictures)
+        percentages.append(hits / sum(pictures for pictures, _ in counts))
+    return percentages
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -92,7 +140,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained_model_name_or_path", type=Path, default=ROOT / "demo/tiny-stable-diffusion")
     add("--train_data_dir", type=Path, default=ROOT / "demo/scenes", help="made by make demo")
     add("--captions_file", type=Path, default=ROOT / "demo/captions.txt")
-    add("--images_num", type=int, default=2, help="pictures of each of the 64 captions")
+    add("--images_num", type=int, default=4, help="pictures of each of the 64 captions")
     add("--num_inference_steps", type=int, default=50)
     add("--guidance_scale", type=float, default=3.0)
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="fp32 is always among them")
@@ -109,19 +157,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    names = ["fp32", *(name for name in args.variants if name != "fp32")]
+    names = ["fp32", *sorted(set(args.variants) - {"fp32"}, key=list(VARIANTS).index)]
+    names.sort(key=lambda name: name == "int8-qat")  # the contact sheet is of the last one
     painted = {name: paint(name, VARIANTS[name], args) for name in names}
     run("evaluate.py", *(folder for folder, _ in painted.values()), "--output_dir", args.work_dir)
     report = json.loads((args.work_dir / "report.json").read_text())
-    for row, (name, (_, seconds)) in zip(report["folders"], painted.items()):
-        row |= {"folder": name, "training_seconds": seconds}
+    shown = caption_accuracies([folder for folder, _ in painted.values()])
+    for row, (name, (_, seconds)), percent in zip(report["folders"], painted.items(), shown):
+        row |= {"folder": name, "training_seconds": seconds, "caption_accuracy": percent}
+        print(f"{name}: {row['caption_accuracy']:.1f} % of what the captions ask for")
     report["reference"] = "fp32"
     for row in report["differences"]:
         row |= {end: Path(row[end]).name for end in ("from", "to")}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_name(args.output.name + ".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, args.output)
+    report["differences"] = [row for row in report["differences"] if row["from"] in BASELINES]
+    write_json(report, args.output)
+    shutil.copyfile(args.work_dir / "contact_sheet.png", args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
