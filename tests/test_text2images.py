@@ -178,6 +178,13 @@ def test_attention_in_blocks_errs_little_more_than_pytorchs(size: float) -> None
     assert torch.equal(text2images.fast_attend(*coarse), ours)
 
 
+def test_attention_of_a_score_that_no_16th_key_tells_of_is_pytorchs() -> None:
+    query, key, value = torch.randn(3, 1, 1, 1100, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    query[..., 7, :], key[..., 33, :] = 30.0, 30.0  # e to the power of 5692 is no number
+    assert torch.equal(text2images.attend(query, key, value), F.scaled_dot_product_attention(query, key, value))
+    assert torch.isfinite(text2images.attend(query, key, value)).all()
+
+
 def test_long_self_attention_is_that_of_diffusers() -> None:
     torch.manual_seed(0)
     block = BasicTransformerBlock(64, 2, 32, cross_attention_dim=48).bfloat16().eval()
