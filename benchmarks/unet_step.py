@@ -3,7 +3,8 @@
 
 Makes a random-weight SD v1.5 UNet (or takes --model FOLDER), quantizes it with the default recipe of
 train_text_to_image_qat.py and runs every variant in turn in one process; then each alone in a process of its
-own, for its peak memory. Models are kept in --work_dir. Rows of other shapes that are in --output stay.
+own, for its peak memory. Models are kept in --work_dir. Rows of other shapes that are in --output stay, as do
+the profiles where no new ones are made.
 "seconds" is the median, "spread" (max - min) / median, "ratio_to_fp32" the median over that of fp32. Where others
 use the machine, "cpu_seconds" and "cpu_ratio_to_fp32" with OMP_NUM_THREADS=1 tell more.
 
@@ -348,10 +349,11 @@ def main() -> None:
     print_tables(rows, profiles)
     if args.output is None:
         return
-    earlier = json.loads(args.output.read_text())["rows"] if args.output.is_file() else []
-    kept = [row for row in earlier if (row["batch"], row["latents"]) != args.shape]
-    report = {"machine": machine(), "rows": kept + rows} | ({"profiles": profiles} if profiles else {})
-    write_json(report, args.output)
+    earlier = json.loads(args.output.read_text()) if args.output.is_file() else {}
+    kept = [row for row in earlier.get("rows", []) if (row["batch"], row["latents"]) != args.shape]
+    write_json(
+        {"machine": machine(), "rows": kept + rows, "profiles": profiles or earlier.get("profiles", {})}, args.output
+    )
 
 
 if __name__ == "__main__":

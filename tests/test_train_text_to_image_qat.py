@@ -582,6 +582,19 @@ def test_zero_steps_is_post_training_quantization_and_training_changes_it(train,
     assert ptq["state_dict"][f"{name}.input_scale"] != qat["state_dict"][f"{name}.input_scale"]
 
 
+def test_each_learning_rate_moves_its_own_parameters(train, tmp_path: Path) -> None:
+    ptq = train(tmp_path / "ptq", "--max_train_steps", "0")["state_dict"]
+    rates = ["--learning_rate", "--bias_learning_rate", "--quantizer_learning_rate"]
+    for moving in rates:
+        flags = [word for rate in rates for word in (rate, "1e-2" if rate == moving else "0")]
+        qat = train(tmp_path / moving.strip("-"), "--max_train_steps", "2", *flags)["state_dict"]
+        for name, tensor in qat.items():
+            scale, vector = name.endswith("input_scale"), name.endswith(("bias", "norm1.weight", "norm_out.weight"))
+            kind = rates[2] if scale else rates[1] if vector else rates[0] if name.endswith("conv1.weight") else None
+            if kind is not None:
+                assert torch.equal(tensor, ptq[name]) == (kind != moving), (moving, name)
+
+
 def test_frozen_ranges_stay_as_calibrated(train, tmp_path: Path) -> None:
     ptq = train(tmp_path / "ptq", "--max_train_steps", "0")
     qat = train(tmp_path / "qat", "--max_train_steps", "3", "--quantizer_learning_rate", "0", "--use_ema")
