@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Importing these libraries on a CPU prints notices about GPU parts that are not there.
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -1619,8 +1619,18 @@ def after_step(
     if told and not last:
         name = signal.Signals(told).name
         logger.info(f"stopped by {name} at step {trainer.step}: --resume_from_checkpoint latest goes on")
-        accelerator.end_training()
-        sys.exit(128 + told)
+        leave(128 + told, accelerator)
+
+
+def leave(code: int, accelerator: Accelerator) -> NoReturn:
+    """End this process at once where there are several: taking their group down hangs at times (pytorch#75097)."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if accelerator.num_processes == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def save_checkpoint(trainer: Trainer, args: argparse.Namespace) -> None:

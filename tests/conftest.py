@@ -7,6 +7,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny layers: a second thread costs more than it brings
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import faulthandler
 import multiprocessing
 import resource
 import runpy
@@ -178,6 +179,7 @@ def as_main(
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.dump_traceback_later(55, file=2)  # for `finish`: where it hangs, if it does
     if largest_file is not None:  # a write beyond it fails as on a full disk, with EFBIG instead of ENOSPC
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as it is outside of a fork server
@@ -221,9 +223,9 @@ def start(
 def finish(process: BaseProcess) -> str:
     """Wait for the end; returns what was printed."""
     process.join(60)
-    assert process.exitcode is not None
     text = process.log.read_text() if process.log.is_file() else ""  # killed before it could write
     print(text[-3000:])
+    assert process.exitcode is not None
     return text
 
 
