@@ -22,11 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from output import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
-
-from output import write_json  # noqa: E402
-
 VARIANTS = {
     "fp32": ["--dtype", "float32"],
     "bf16": ["--dtype", "bfloat16"],
@@ -78,15 +76,16 @@ def runs(name: str, steps: int, args: argparse.Namespace) -> list[dict[str, floa
     return done
 
 
-def make_models(args: argparse.Namespace) -> None:
-    """Fill args.model and args.quant_model where not given, in processes of their own: what they hold is not ours."""
+def python(code: str, *arguments: Path) -> str:
+    """What `code` prints, in a process of its own, as what it holds in memory is not ours."""
     folders = os.pathsep.join(str(ROOT / name) for name in (".", "benchmarks", "tests"))
+    command = [sys.executable, "-c", "import sys; from pathlib import Path; " + code, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": folders}
+    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
-    def python(code: str, *arguments: Path) -> None:
-        command = [sys.executable, "-c", "import sys; from pathlib import Path; " + code, *map(str, arguments)]
-        subprocess.run(command, env=environment, check=True)
 
+def make_models(args: argparse.Namespace) -> None:
+    """Fill args.model and args.quant_model where not given."""
     if args.model is None:
         args.model = args.work_dir / "sd15"
         if not args.model.is_dir():
@@ -109,11 +108,8 @@ def summary(name: str, steps: int, done: list[dict[str, float]]) -> dict[str, An
 
 
 def machine() -> dict[str, Any]:
-    """As unet_step.py describes it; asked in a process of its own, as above."""
-    code = f"import sys, json; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import unet_step; "
-    code += "print(json.dumps(unet_step.machine()))"
-    result = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(result.stdout.splitlines()[-1])
+    """As unet_step.py describes it."""
+    return json.loads(python("import json, unet_step; print(json.dumps(unet_step.machine()))").splitlines()[-1])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

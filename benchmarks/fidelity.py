@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "demo")]
+sys.path.insert(0, str(ROOT / "demo"))
 
 import check_scenes  # noqa: E402
 from output import write_json  # noqa: E402

@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+sys.path.insert(0, str(ROOT))
 
 import train_text_to_image_qat as trainer  # noqa: E402
 from output import write_json  # noqa: E402

@@ -75,8 +75,8 @@ def tiny_pipeline(**scheduler: str) -> StableDiffusionPipeline:
         norm_num_groups=8,
         sample_size=SIZE,
     )
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-    schedule |= {"steps_offset": 1}
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    schedule |= {"clip_sample": False, "steps_offset": 1}
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text),

@@ -226,6 +226,7 @@ def test_compiled_training_follows_uncompiled_training_and_resumes_to_the_same_b
         trainer.Watch, "note", lambda watch, parts, bad: losses.append(parts["loss"].item()) or note(watch, parts, bad)
     )
     flags = ["--max_train_steps", "20", "--mixed_precision", "bf16", "--checkpointing_steps", "19", "--use_ema"]
+    flags += ["--bias_learning_rate", "1e-6"]  # gently: bold steps magnify the rounding of sums
     with training_in_process(ROOT / "demo/tiny-stable-diffusion", data_dir) as run:
         run(tmp_path / "written", *flags)
         monkeypatch.setattr(trainer, "COMPILE_ABOVE", 1)
@@ -235,7 +236,7 @@ def test_compiled_training_follows_uncompiled_training_and_resumes_to_the_same_b
     written, compiled = (torch.tensor(losses[start : start + 20]) for start in (0, 20))
     print(f"losses, written {written.tolist()}, compiled {compiled.tolist()}")
     assert len(losses) == 41 and compiled.mean().item() == pytest.approx(written.mean().item(), rel=1e-3)
-    assert torch.allclose(compiled, written, rtol=0.05)  # of batches with a small loss; roundings wander apart
+    assert torch.allclose(compiled, written, rtol=0.02)
     assert equal_states(whole, resumed)
 
 
