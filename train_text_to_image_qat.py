@@ -163,10 +163,11 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quantization_config", type=Path, metavar="FILE.json", help="a whole recipe, as quant_model.pt records it")
     add("--calibration_steps", type=int, default=100, help="UNet evaluations, while painting, that set the ranges")
     add = parser.add_argument_group("losses").add_argument
-    add("--kd_weight", type=float, default=1.0, help="weight of the distance to the teacher's output")
+    text = "weight of the distance to the teacher's output, the logarithm of the mean squared error"
+    add("--kd_weight", type=float, default=1.0, help=text)
     text = "weight of the denoising loss on the data, which draws the student away from the teacher"
     add("--task_weight", type=float, default=0.0, help=text)
-    add("--feature_kd_weight", type=float, default=0.0, help="weight of the distance to the teacher's block outputs")
+    add("--feature_kd_weight", type=float, default=0.0, help="likewise, for the outputs of the blocks")
     add("--snr_gamma", type=float, help="min-SNR weights (arXiv 2303.09556) for the denoising loss; 5.0 is usual")
 
 
@@ -179,8 +180,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gradient_checkpointing", action="store_true", help="less memory for about a third more time")
     add("--learning_rate", type=float, default=1e-6, help="peak, for the weights")
     add("--bias_learning_rate", type=float, default=1e-4, help="peak, for biases and the norms' factors")
-    text = "peak, for the logarithms of the activation scales; 0 freezes them as calibrated"
-    add("--quantizer_learning_rate", type=float, default=3e-2, help=text)
+    text = "peak, for the logarithms of the activations' scales and channel factors; 0 freezes them as calibrated"
+    add("--quantizer_learning_rate", type=float, default=1e-2, help=text)
     add("--scale_lr", action="store_true", help="multiply --learning_rate by processes x accumulation x batch size")
     schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
     add("--lr_scheduler", default="cosine", choices=schedules, help="schedule over all steps")
@@ -733,10 +734,10 @@ class MicroBatches(Sampler):
 # ---------------------------------------------------------------- quantization
 #
 # The convention, written once:
-#   weights      int8, symmetric, one scale per output channel: q = round(w / scale), scale = absmax / 127
+#   weights      int8, symmetric, one scale per output channel: q = round(w * factor / scale), scale = absmax / 127
 #   activations  uint8, affine, one scale per tensor: q = clamp(round(x / factor / scale) + zero_point, 0, 255)
-# A value is worth (q - zero_point) * scale; the weights hold the factors, one per input channel. Outputs are not
-# quantized.
+# There is one factor per input channel: it takes from a channel's range what it gives to the weights that read it,
+# so that the product stays. Outputs are not quantized. Scales and factors of activations are learned.
 
 
 def weight_scales(weight: torch.Tensor) -> torch.Tensor:
@@ -786,36 +787,50 @@ class Fused:
 
 
 @Fused
-def round_weight(rows: torch.Tensor, divisor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Weights [out, n] on their int8 grid, divided by [n] or by []."""
+def round_weight(rows: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Weights [out, n] on the int8 grid that they have when multiplied by the factors [n]."""
+    rows = rows.float() * factor
     scale = row_scales(rows)[:, None]
-    return (torch.round(rows.float() / scale) * (scale / divisor)).to(dtype)
+    return (torch.round(rows / scale) * (scale / factor)).to(dtype)
+
+
+@Fused
+def weight_errors(
+    grad: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the rounding errors of weights [out, n] do to the loss: sums over the rows [n] and over the columns [out];
+    and the column that sets the scale of each row [out]."""
+    scaled = rows.float() * factor
+    scale = row_scales(scaled)[:, None]
+    effects = grad.float() * (torch.round(scaled / scale) * (scale / factor) - rows)
+    return effects.sum(dim=0), effects.sum(dim=1), scaled.abs().argmax(dim=1)
 
 
 @Fused
 def round_activation(
     rows: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Inputs [n, channels], divided by the factors [channels], on their uint8 grid."""
-    levels = torch.clamp(torch.round(rows.float() / (scale * factor)) + zero_point, 0, 255)
-    return ((levels - zero_point) * scale).to(dtype)
+    """Inputs [n, channels] on the uint8 grid that they have when divided by the factors [channels]."""
+    step = scale * factor
+    levels = torch.clamp(torch.round(rows.float() / step) + zero_point, 0, 255)
+    return ((levels - zero_point) * step).to(dtype)
 
 
 @Fused
 def activation_gradients(
     grad: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the inputs [n, channels] and, but for its normalization, of the logarithm of the scale.
+    """Gradients of the inputs [n, channels] and of the logarithms of the channels' step sizes [channels].
 
     The latter is the rounding error inside of the range, the clipped value outside of it.
     """
-    smooth = rows.float() / factor
-    levels = torch.round(smooth / scale) + zero_point
+    step = scale * factor
+    levels = torch.round(rows.float() / step) + zero_point
     inside = (levels >= 0) & (levels <= 255)
-    quantized = (levels.clamp(0, 255) - zero_point) * scale
-    slope = torch.where(inside, quantized - smooth, quantized)
+    quantized = (levels.clamp(0, 255) - zero_point) * step
+    slope = torch.where(inside, quantized - rows, quantized)
     grad = grad.float()
-    return (torch.where(inside, grad, 0.0) / factor).to(rows.dtype), (grad * slope).sum()
+    return torch.where(inside, grad, 0.0).to(rows.dtype), (grad * slope).sum(dim=0)
 
 
 def to_rows(x: torch.Tensor, channel_dim: int) -> torch.Tensor:
@@ -828,27 +843,40 @@ def from_rows(rows: torch.Tensor, like: torch.Tensor, channel_dim: int) -> torch
 
 
 class FakeQuantizeWeight(torch.autograd.Function):
-    """Round to the int8 grid and back; the gradient passes straight through (arXiv 1308.3432), as nothing clips."""
+    """Round to the int8 grid and back.
+
+    The weight's gradient passes straight through (arXiv 1308.3432), as nothing clips. A larger factor makes the grid
+    finer for its input channel, and coarser for the rows whose scale that channel sets.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
-        """What comes back is divided by the `factor` of each input channel."""
-        ctx.divisor = None if factor is None else per_input_channel(factor, weight)
-        rows = weight.movedim(1, -1)  # the order of memory, where that is channels_last
-        divisor = weight.new_ones(()) if factor is None else factor.repeat(rows.shape[1:-1].numel())
-        rounded = round_weight(rows.flatten(1).contiguous().data, divisor, compute_dtype(weight))
-        return rounded.view(rows.shape).movedim(-1, 1)
+    def forward(ctx: Any, weight: torch.Tensor, log_factor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight, log_factor)
+        rounded = round_weight(*FakeQuantizeWeight.rows_and_factors(weight, log_factor), compute_dtype(weight))
+        return rounded.view(weight.movedim(1, -1).shape).movedim(-1, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad if ctx.divisor is None else grad / ctx.divisor, None
+    def rows_and_factors(weight: torch.Tensor, log_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[out, n] in the order of memory where that is channels_last, and [n]."""
+        rows = weight.movedim(1, -1)
+        factors = log_factor.detach().exp().repeat(rows.shape[1:-1].numel())
+        return rows.flatten(1).contiguous().data, factors
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not ctx.needs_input_grad[1]:
+            return grad, None
+        weight, log_factor = ctx.saved_tensors
+        grad_rows = grad.movedim(1, -1).flatten(1).contiguous().data
+        columns, rows, greatest = weight_errors(grad_rows, *FakeQuantizeWeight.rows_and_factors(weight, log_factor))
+        return grad, columns.neg().index_add(0, greatest, rows).view(-1, len(log_factor)).sum(dim=0)
 
 
 class FakeQuantizeActivation(torch.autograd.Function):
-    """Divide by the channel factors, round to the uint8 grid and back, with a learned step size.
+    """Round to the uint8 grid and back, with learned step sizes: the scale times the channel's factor.
 
-    LSQ, arXiv 1902.08153, equations 2 to 5; the step is learned as its logarithm, so that an optimizer
-    step changes it by a ratio.
+    LSQ, arXiv 1902.08153, equations 2 and 3; a step is learned as its logarithm, so that an optimizer step changes it
+    by a ratio. The paper divides its gradient by a constant, which Adam would take out again.
     """
 
     @staticmethod
@@ -856,22 +884,22 @@ class FakeQuantizeActivation(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         channel_dim: int,
-        factor: torch.Tensor,
+        log_factor: torch.Tensor,
         log_scale: torch.Tensor,
         zero_point: torch.Tensor,
     ) -> torch.Tensor:
         ctx.channel_dim = channel_dim
-        ctx.save_for_backward(x, factor, log_scale, zero_point)
-        rows, scale = to_rows(x, channel_dim), log_scale.detach().exp()
+        ctx.save_for_backward(x, log_factor, log_scale, zero_point)
+        rows, factor, scale = to_rows(x, channel_dim), log_factor.detach().exp(), log_scale.detach().exp()
         return from_rows(round_activation(rows, factor, scale, zero_point, compute_dtype(x)), x, channel_dim)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, factor, log_scale, zero_point = ctx.saved_tensors
+        x, log_factor, log_scale, zero_point = ctx.saved_tensors
         rows, grad_rows = to_rows(x, ctx.channel_dim), to_rows(grad, ctx.channel_dim)
-        grad_rows, total = activation_gradients(grad_rows, rows, factor, log_scale.detach().exp(), zero_point)
-        grad_log_scale = total / math.sqrt(x.numel() * 255) if ctx.needs_input_grad[3] else None
-        return from_rows(grad_rows, x, ctx.channel_dim), None, None, grad_log_scale, None
+        factor, scale = log_factor.detach().exp(), log_scale.detach().exp()
+        grad_rows, steps = activation_gradients(grad_rows, rows, factor, scale, zero_point)
+        return from_rows(grad_rows, x, ctx.channel_dim), None, steps, steps.sum(), None
 
 
 class InputObserver(nn.Module):
@@ -881,10 +909,14 @@ class InputObserver(nn.Module):
         super().__init__()
         self.channel_dim = channel_dim
         self.readers = 1  # layers that take this tensor
-        self.register_buffer("factor", torch.ones(channels))
+        self.log_factor = nn.Parameter(torch.zeros(channels))
         # observed per channel, [channels]; every range holds 0, as padding needs it
         self.register_buffer("low", torch.zeros(channels), persistent=False)
         self.register_buffer("high", torch.zeros(channels), persistent=False)
+
+    @property
+    def factor(self) -> torch.Tensor:
+        return self.log_factor.detach().exp()
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor) -> None:
@@ -921,7 +953,8 @@ class InputQuantizer(InputObserver):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize for the first of the readers, and keep that for the others."""
         if self.latest is None or self.latest[0] is not x:
-            quantized = FakeQuantizeActivation.apply(x, self.channel_dim, self.factor, self.log_scale, self.zero_point)
+            grid = self.log_factor, self.log_scale, self.zero_point
+            quantized = FakeQuantizeActivation.apply(x, self.channel_dim, *grid)
             self.latest, self.waiting = (x, quantized), self.readers
         quantized, self.waiting = self.latest[1], self.waiting - 1
         if self.waiting == 0:
@@ -950,8 +983,8 @@ class FakeInt8:
         if self.mode != "quantize":
             return x, self.weight
         if isinstance(self.observer, InputQuantizer):
-            return self.observer(x), FakeQuantizeWeight.apply(self.weight)
-        return x, FakeQuantizeWeight.apply(self.weight, self.observer.factor)
+            x = self.observer(x)
+        return x, FakeQuantizeWeight.apply(self.weight, self.observer.log_factor)
 
 
 class FakeInt8Linear(FakeInt8, nn.Linear):
@@ -994,15 +1027,10 @@ class Int8Weights(nn.Module):
     @classmethod
     def from_fake(cls, layer: FakeInt8Linear | FakeInt8Conv2d) -> Int8Weights:
         stored = cls()
-        weight, weight_scale = quantize_weight(layer.weight)
-        bias = None if layer.bias is None else layer.bias.detach()
         observer = layer.observer
-        tensors = {
-            "weight": weight,
-            "weight_scale": weight_scale,
-            "input_factor": observer.factor.clone(),
-            "bias": bias,
-        }
+        weight, weight_scale = quantize_weight(layer.weight * per_input_channel(observer.factor, layer.weight))
+        bias = None if layer.bias is None else layer.bias.detach()
+        tensors = {"weight": weight, "weight_scale": weight_scale, "input_factor": observer.factor, "bias": bias}
         if isinstance(observer, InputQuantizer):
             scale, zero_point = observer.log_scale.detach().exp(), observer.zero_point.clone()
             tensors |= {"input_scale": scale, "input_zero_point": zero_point}
@@ -1232,7 +1260,7 @@ def set_ranges(student: nn.Module) -> None:
 
 @torch.no_grad()
 def smooth(unet: nn.Module) -> None:
-    """Choose the channel factors, and multiply the weights that follow by them.
+    """Choose the channel factors that the training starts from.
 
     A few large channels then no longer set the step size of all (SmoothQuant, arXiv 2211.10438, equation 4). There
     the factors are folded into the norm before; here the quantizer divides by them, which costs nothing either, as
@@ -1245,10 +1273,7 @@ def smooth(unet: nn.Module) -> None:
         share = SMOOTHING if isinstance(observer, InputQuantizer) else WEIGHT_ONLY_SMOOTHING
         log_factor = share * inputs.log() - (1 - share) * weights.amax(dim=0).log()
         used = torch.isfinite(log_factor)  # a channel that is always 0, or never counts, has no say
-        log_factor = torch.where(used, log_factor - log_factor[used].mean(), 0.0)
-        observer.factor.copy_(log_factor.exp())
-        for layer in layers:
-            layer.weight.mul_(per_input_channel(observer.factor, layer.weight))
+        observer.log_factor.copy_(torch.where(used, log_factor - log_factor[used].mean(), 0.0))
 
 
 # ---------------------------------------------------------------- losses
@@ -1285,6 +1310,15 @@ def training_target(
     if kind == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
     return {"epsilon": noise, "sample": latents}[kind]
+
+
+def log_distance(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Mean over the samples of log(mean squared error), for tensors [B, ...].
+
+    So each sample counts by how much its own error shrinks: the error at the last timesteps of a painting is forty
+    times that at the first, and a plain mean would hear of nothing else.
+    """
+    return (ours - theirs).float().square().flatten(1).mean(dim=1).clamp(min=1e-20).log().mean()
 
 
 def task_loss(
@@ -1437,7 +1471,7 @@ def total_steps(args: argparse.Namespace, dataset: CaptionedImages, accelerator:
 def make_trainer(
     student: UNet2DConditionModel, steps: int, accelerator: Accelerator, args: argparse.Namespace
 ) -> Trainer:
-    """AdamW over three groups: the weights, biases and norms, and the logarithms of the activation scales.
+    """AdamW over three groups: the weights, biases and norms, and the logarithms of the quantizers' scales and factors.
 
     Biases and norms learn faster: they take off the part of the error that is the same at every step of a painting,
     which adds up, whereas the rest averages out; and they are few, so their random walk costs little.
@@ -1445,17 +1479,17 @@ def make_trainer(
     learning_rate = args.learning_rate
     if args.scale_lr:
         learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    scales = [quantizer.log_scale for quantizer in input_quantizers(student)]
-    scale_ids = {id(log_scale) for log_scale in scales}
+    grids = [parameter for observer in observers(student) for parameter in observer.parameters()]
+    known = set(map(id, grids))
     weights = [parameter for parameter in student.parameters() if parameter.dim() > 1]
-    biases = [parameter for parameter in student.parameters() if parameter.dim() < 2 and id(parameter) not in scale_ids]
+    biases = [parameter for parameter in student.parameters() if parameter.dim() < 2 and id(parameter) not in known]
     groups = [{"params": weights, "lr": learning_rate}]
     groups.append({"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0})
     if args.quantizer_learning_rate > 0:
-        groups.append({"params": scales, "lr": args.quantizer_learning_rate, "weight_decay": 0.0})
+        groups.append({"params": grids, "lr": args.quantizer_learning_rate, "weight_decay": 0.0})
     else:
-        for log_scale in scales:
-            log_scale.requires_grad_(False)
+        for parameter in grids:
+            parameter.requires_grad_(False)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(
         groups, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True
@@ -1568,12 +1602,12 @@ def distill(
                 target = training_target(scheduler, latents, noise, timesteps)
                 pairs = zip(student_blocks.take(), teacher_blocks.take())
                 parts = {
-                    "kd_loss": F.mse_loss(student_output, teacher_output),
+                    "kd_loss": log_distance(student_output, teacher_output),
                     "task_loss": task_loss(student_output, target, scheduler, timesteps, args.snr_gamma),
                 }
                 loss = args.kd_weight * parts["kd_loss"] + args.task_weight * parts["task_loss"]
                 if features:
-                    distances = [F.mse_loss(ours.float(), theirs.float()) for ours, theirs in pairs]
+                    distances = [log_distance(ours, theirs) for ours, theirs in pairs]
                     parts["feature_kd_loss"] = torch.stack(distances).mean()
                     loss = loss + args.feature_kd_weight * parts["feature_kd_loss"]
                 accelerator.backward(loss)

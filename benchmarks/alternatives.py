@@ -85,6 +85,26 @@ def least_error() -> None:
     trainer.InputQuantizer = LeastErrorQuantizer
 
 
+# ---------------------------------------------------------------- other trainings
+
+
+def fixed_factors() -> None:
+    """The step size of a tensor is learned, but not the factors of its channels."""
+    set_ranges = trainer.set_ranges
+
+    def set_ranges_once(student: nn.Module) -> None:
+        set_ranges(student)
+        for observer in trainer.observers(student):
+            observer.log_factor.requires_grad_(False)
+
+    trainer.set_ranges = set_ranges_once
+
+
+def mean_squared_error() -> None:
+    """The plain mean, to which the last timesteps add most, as the loss."""
+    trainer.log_distance = F.mse_loss
+
+
 # ---------------------------------------------------------------- the published recipe
 
 
@@ -119,6 +139,7 @@ def publish(unet: nn.Module) -> None:
 def published() -> None:
     """Every layer a PublishedLayer, to be trained with the original's flags; painted with the ranges it ended with."""
     trainer.FAKE_INT8 = {"Linear": PublishedLayer, "Conv2d": PublishedLayer}
+    trainer.log_distance = F.mse_loss
     calibrate = trainer.calibrate
 
     def observe(student: nn.Module, *rest: Any) -> None:
@@ -160,6 +181,8 @@ ALTERNATIVES: dict[str, Callable[[], None]] = {
     "without_smoothing": without_smoothing,
     "noised_pictures": lambda: setattr(trainer, "calibrate", calibrate_on_noised_pictures),
     "least_error": least_error,
+    "fixed_factors": fixed_factors,
+    "mean_squared_error": mean_squared_error,
     "published": published,
 }
 

@@ -59,6 +59,7 @@ def test_scales_of_the_file_are_those_of_the_averaged_weights_and_ranges(exporte
         if not isinstance(layer, trainer.FakeInt8):
             continue
         weight, stored = layer.weight.detach(), exported.state
+        weight = weight * trainer.per_input_channel(layer.observer.factor, weight)
         scale = weight.abs().flatten(1).amax(dim=1) / 127
         assert torch.equal(stored[f"{name}.weight_scale"], scale.clamp(min=1e-8 / 127)), name
         grid = scale.view(-1, *[1] * (weight.dim() - 1))

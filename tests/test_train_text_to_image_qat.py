@@ -60,20 +60,41 @@ def test_weight_rounding_error_is_at_most_half_a_scale_of_its_channel(shape: tup
 
 
 def test_fake_quantized_weight_is_the_dequantized_int8_weight_to_the_bit() -> None:
-    weight = torch.randn(8, 4, 3, 3)
-    levels, scale = trainer.quantize_weight(weight)
-    assert torch.equal(trainer.FakeQuantizeWeight.apply(weight), levels.float() * trainer.per_channel(scale, weight))
+    weight, log_factor = torch.randn(8, 4, 3, 3), torch.randn(4)
+    factor = trainer.per_input_channel(log_factor.exp(), weight)
+    levels, scale = trainer.quantize_weight(weight * factor)
+    expected = levels.float() * (trainer.per_channel(scale, weight) / factor)
+    assert torch.equal(trainer.FakeQuantizeWeight.apply(weight, log_factor), expected)
 
 
 def test_weight_of_zeros_stays_zero() -> None:
-    assert torch.equal(trainer.FakeQuantizeWeight.apply(torch.zeros(4, 4)), torch.zeros(4, 4))
+    assert torch.equal(trainer.FakeQuantizeWeight.apply(torch.zeros(4, 4), torch.randn(4)), torch.zeros(4, 4))
 
 
 def test_gradient_passes_straight_through_the_rounding_of_a_weight() -> None:
     weight = torch.randn(4, 6, requires_grad=True)
     slope = torch.randn(4, 6)
-    (trainer.FakeQuantizeWeight.apply(weight) * slope).sum().backward()
+    (trainer.FakeQuantizeWeight.apply(weight, torch.randn(6)) * slope).sum().backward()
     assert torch.equal(weight.grad, slope)
+
+
+def test_a_factor_gets_the_slope_of_the_loss_along_it() -> None:
+    """Rounding has no slope that autograd could check, but its error follows the grid's step: the mean squared error of
+    many random weights does have one, and the gradient must be it."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4096, 3, 3, 3, generator=generator)
+    log_factor = torch.tensor([-0.5, 0.0, 1.0])
+    weight[:, 2] *= 3  # together with its factor: sets the scale of nearly every row
+
+    def error(log_factor: torch.Tensor) -> torch.Tensor:
+        return (trainer.FakeQuantizeWeight.apply(weight, log_factor) - weight).square().mean()
+
+    learned = log_factor.clone().requires_grad_()
+    error(learned).backward()
+    steps = 0.05 * torch.eye(3)
+    expected = [(error(log_factor + step) - error(log_factor - step)) / 0.1 for step in steps]
+    assert learned.grad.tolist() == pytest.approx(torch.stack(expected).tolist(), rel=0.05)
+    assert learned.grad[0] < 0 and learned.grad[1] < 0 and learned.grad[2] > 0
 
 
 def test_activation_rounding_error_is_at_most_half_a_scale_within_the_range() -> None:
@@ -92,17 +113,18 @@ def test_activation_rounding_error_is_at_most_half_a_scale_within_the_range() ->
 
 
 def test_gradients_of_an_activation_follow_lsq() -> None:
-    log_scale = torch.tensor(0.5).log().requires_grad_()
+    log_scale, log_factor = torch.tensor(0.5).log().requires_grad_(), torch.tensor([1.0, 4.0, 1.0, 4.0]).log()
     x = torch.tensor([0.6, -0.3, 1000.0, -1000.0], requires_grad=True)
     zero_point = torch.tensor(100, dtype=torch.int32)
-    factor = torch.tensor([1.0, 4.0, 1.0, 4.0])
-    quantized = trainer.FakeQuantizeActivation.apply(x * factor, -1, factor, log_scale, zero_point)
-    assert quantized.tolist() == pytest.approx([0.5, -0.5, 155 * 0.5, -100 * 0.5])
-    quantized.sum().backward()
-    assert x.grad.tolist() == [1, 1, 0, 0]  # clipped values get none
-    errors = (0.5 - 0.6) + (-0.5 + 0.3)  # rounded minus exact, inside the range
-    clipped = (255 - 100) * 0.5 + (0 - 100) * 0.5
-    assert log_scale.grad.item() == pytest.approx((errors + clipped) / math.sqrt(4 * 255), rel=1e-5)
+    factor = log_factor.requires_grad_().detach().exp()
+    quantized = trainer.FakeQuantizeActivation.apply(x * factor, -1, log_factor, log_scale, zero_point)
+    assert (quantized / factor).tolist() == pytest.approx([0.5, -0.5, 155 * 0.5, -100 * 0.5])
+    (quantized / factor).sum().backward()
+    assert x.grad.tolist() == pytest.approx([1, 1, 0, 0])  # clipped values get none
+    errors = [0.5 - 0.6, -0.5 + 0.3]  # rounded minus exact, inside the range
+    clipped = [(255 - 100) * 0.5, (0 - 100) * 0.5]
+    assert log_factor.grad.tolist() == pytest.approx([*errors, *clipped], rel=1e-5)
+    assert log_scale.grad.item() == pytest.approx(sum(errors + clipped), rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -182,22 +204,24 @@ class OnCpu:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_fake_quantization_has_the_bits_of_the_written_one() -> None:
-    """But for the gradient of the scale, a sum of which the compiler chooses the order."""
+    """But for the gradients of scales and factors, sums of which the compiler chooses the order."""
     generator = torch.Generator().manual_seed(0)
     for rows, channels in ((96, 40), (1, 33), (64, 64)):
         weight, x, grad = (torch.randn(rows, channels, generator=generator) for _ in range(3))
         factor = torch.rand(channels, generator=generator) + 0.5
-        for divisor in (torch.ones(()), factor):
-            arguments = (weight, divisor, torch.bfloat16)
-            assert torch.equal(trainer.round_weight.compiled(*arguments), trainer.round_weight.written(*arguments))
+        arguments = (weight, factor, torch.bfloat16)
+        assert torch.equal(trainer.round_weight.compiled(*arguments), trainer.round_weight.written(*arguments))
+        arguments = (grad, weight, factor)
+        pairs = zip(trainer.weight_errors.compiled(*arguments), trainer.weight_errors.written(*arguments))
+        assert all(torch.allclose(ours.float(), theirs.float(), rtol=1e-4, atol=1e-5) for ours, theirs in pairs)
         x, grad = (3 * x).bfloat16(), grad.bfloat16()
         grid = (factor, torch.tensor(0.01), torch.tensor(100, dtype=torch.int32))  # clips about two in three
         arguments = (x, *grid, torch.bfloat16)
         assert torch.equal(trainer.round_activation.compiled(*arguments), trainer.round_activation.written(*arguments))
-        compiled, total = trainer.activation_gradients.compiled(grad, x, *grid)
-        expected, expected_total = trainer.activation_gradients.written(grad, x, *grid)
+        compiled, steps = trainer.activation_gradients.compiled(grad, x, *grid)
+        expected, expected_steps = trainer.activation_gradients.written(grad, x, *grid)
         assert torch.equal(compiled, expected) and 0 < expected.count_nonzero() < expected.numel()
-        assert total.item() == pytest.approx(expected_total.item(), rel=1e-4, abs=1e-4)
+        assert torch.allclose(steps, expected_steps, rtol=1e-4, atol=1e-4)
 
 
 def test_fake_quantization_runs_uncompiled_where_it_does_not_pay_or_cannot_be_compiled(
@@ -300,12 +324,13 @@ def test_smoothing_leaves_the_size_of_weights_and_unused_channels_alone() -> Non
     factor = layer.observer.factor
     assert factor[5] == 1 and factor.log().mean().item() == pytest.approx(0, abs=1e-5)
     assert factor[0] > 10 and factor[4] < 0.1
-    assert torch.allclose(layer.weight, before * factor)
+    assert torch.equal(layer.weight, before)
 
 
 def test_convert_stores_int8_weights_and_half_precision_for_layers_kept_in_float() -> None:
     unet = calibrated_unet()
-    original = unet.get_submodule("down_blocks.0.resnets.0.conv1").weight.detach().clone()
+    conv = unet.get_submodule("down_blocks.0.resnets.0.conv1")
+    original = (conv.weight * trainer.per_input_channel(conv.observer.factor, conv.weight)).detach()
     state = convert(unet).state_dict()
     stored = state["down_blocks.0.resnets.0.conv1.weight"]
     scale = state["down_blocks.0.resnets.0.conv1.weight_scale"]
@@ -317,7 +342,7 @@ def test_convert_stores_int8_weights_and_half_precision_for_layers_kept_in_float
     assert tensors == {"weight", "weight_scale", "input_factor", "bias"} and state["conv_in.weight"].dim() == 4
     assert state["conv_in.weight"].dtype == torch.float16
     assert state["down_blocks.0.resnets.0.norm1.weight"].dtype == torch.float32
-    assert not any("log_scale" in name for name in state)
+    assert not any("log_scale" in name or "log_factor" in name for name in state)
 
 
 def test_a_weight_too_large_for_fp16_stays_fp32() -> None:
@@ -590,17 +615,18 @@ def test_each_learning_rate_moves_its_own_parameters(train, tmp_path: Path) -> N
         flags = [word for rate in rates for word in (rate, "1e-2" if rate == moving else "0")]
         qat = train(tmp_path / moving.strip("-"), "--max_train_steps", "2", *flags)["state_dict"]
         for name, tensor in qat.items():
-            scale, vector = name.endswith("input_scale"), name.endswith(("bias", "norm1.weight", "norm_out.weight"))
-            kind = rates[2] if scale else rates[1] if vector else rates[0] if name.endswith("conv1.weight") else None
-            if kind is not None:
+            vector = name.endswith(("bias", "norm1.weight", "norm_out.weight"))
+            grid = name.endswith(("conv1.input_scale", "conv1.input_factor"))
+            kind = rates[2] if grid else rates[1] if vector else rates[0] if name == "conv_in.weight" else None
+            if kind is not None:  # int8 weights move with their factors, too
                 assert torch.equal(tensor, ptq[name]) == (kind != moving), (moving, name)
 
 
 def test_frozen_ranges_stay_as_calibrated(train, tmp_path: Path) -> None:
     ptq = train(tmp_path / "ptq", "--max_train_steps", "0")
     qat = train(tmp_path / "qat", "--max_train_steps", "3", "--quantizer_learning_rate", "0", "--use_ema")
-    scales = [name for name in ptq["state_dict"] if name.endswith("input_scale")]
-    assert scales and all(torch.equal(ptq["state_dict"][name], qat["state_dict"][name]) for name in scales)
+    grids = [name for name in ptq["state_dict"] if name.endswith(("input_scale", "input_factor"))]
+    assert grids and all(torch.equal(ptq["state_dict"][name], qat["state_dict"][name]) for name in grids)
 
 
 def test_distillation_brings_the_student_closer_to_the_teacher(train, tmp_path: Path, monkeypatch) -> None:
@@ -608,7 +634,7 @@ def test_distillation_brings_the_student_closer_to_the_teacher(train, tmp_path: 
     monkeypatch.setattr(trainer.Accelerator, "log", lambda self, values, step: losses.append(values["kd_loss"]))
     flags = ["--keep_float", "--max_train_samples", "2", "--learning_rate", "1e-3", "--proportion_empty_prompts", "0"]
     train(tmp_path, *flags, "--max_train_steps", "40")
-    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) + math.log(0.7)
 
 
 def test_exported_weights_are_the_averaged_ones_with_their_own_scales(train, tmp_path: Path, monkeypatch) -> None:
@@ -616,10 +642,11 @@ def test_exported_weights_are_the_averaged_ones_with_their_own_scales(train, tmp
     save = trainer.save_int8
 
     def spy(state, *rest):
-        name = "mid_block.resnets.0.conv1.weight"
-        index = [key for key, _ in state.student.named_parameters()].index(name)
-        seen["live"] = state.student.get_parameter(name).detach().clone()
-        seen["ema"] = state.ema.shadow_params[index].clone()
+        conv = state.student.get_submodule("mid_block.resnets.0.conv1")
+        averages = dict(zip(state.student.parameters(), state.ema.shadow_params))
+        for name, of in {"live": lambda parameter: parameter, "ema": averages.get}.items():
+            factor = trainer.per_input_channel(of(conv.observer.log_factor).exp(), conv.weight)
+            seen[name] = (of(conv.weight) * factor).detach()
         return save(state, *rest)
 
     monkeypatch.setattr(trainer, "save_int8", spy)
@@ -650,20 +677,20 @@ def test_memory_is_foretold_before_the_training(train, tmp_path: Path, caplog) -
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_counted(train, tmp_path: Path, monkeypatch, caplog) -> None:
-    calls, loss = [], trainer.F.mse_loss
+    calls, loss = [], trainer.log_distance
 
     def sometimes_nan(*tensors):
         calls.append(1)
         return loss(*tensors) * (math.nan if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(trainer.F, "mse_loss", sometimes_nan)
+    monkeypatch.setattr(trainer, "log_distance", sometimes_nan)
     saved = train(tmp_path, "--max_train_steps", "3", "--use_ema")
     assert "1 non-finite steps left out" in caplog.text
     assert all(torch.isfinite(tensor).all() for tensor in saved["state_dict"].values() if tensor.is_floating_point())
 
 
 def test_non_finite_losses_in_a_row_end_the_run(train, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(trainer.F, "mse_loss", lambda ours, theirs: ours.mean() * math.nan)
+    monkeypatch.setattr(trainer, "log_distance", lambda ours, theirs: ours.mean() * math.nan)
     with pytest.raises(trainer.TrainingError, match="5 non-finite losses in a row"):
         train(tmp_path, "--max_train_steps", "9")
 
