@@ -621,7 +621,8 @@ def share_input_quantizers(unet: UNet2DConditionModel) -> None:
         int8 = [layer for layer in readers if isinstance(layer, Int8Layer)]
         for layer in int8[1:]:
             first, other = int8[0].input_quantizer, layer.input_quantizer
-            if (first.scale, first.zero_point) == (other.scale, other.zero_point):
+            same_grid = (first.scale, first.zero_point) == (other.scale, other.zero_point)
+            if same_grid and torch.equal(first.factor, other.factor):
                 layer.input_quantizer = first
 
 

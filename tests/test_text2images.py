@@ -128,6 +128,18 @@ def test_one_input_is_quantized_once_for_all_its_readers() -> None:
     assert first.tolist() == (torch.round(x / (0.1 * torch.arange(1, 5))) + 3).clamp(0, 255).tolist()
 
 
+def test_layers_share_a_quantizer_only_where_their_grids_are_equal() -> None:
+    attention = nn.Module()
+    attention.is_cross_attention = False
+    for name, last in (("to_q", 1.0), ("to_k", 1.0), ("to_v", 2.0)):
+        layer = text2images.Int8Linear(torch.empty(4, 3), None)
+        layer.input_quantizer = text2images.InputQuantizer(0.1, 3, torch.tensor([1.0, 1.0, last]))
+        attention.add_module(name, layer)
+    text2images.share_input_quantizers(attention)
+    assert attention.to_q.input_quantizer is attention.to_k.input_quantizer
+    assert attention.to_v.input_quantizer.factor[2] == 2
+
+
 @pytest.mark.parametrize("use_kernels", [pytest.param(True, marks=needs_kernels), False])
 @pytest.mark.parametrize(("batch", "edge"), [(1, SIZE // 2), (3, SIZE // 2), (2, SIZE)])
 def test_int8_unet_computes_what_the_fake_quantized_student_did(
