@@ -795,15 +795,17 @@ def round_weight(rows: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -
 
 
 @Fused
-def weight_errors(
-    grad: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the rounding errors of weights [out, n] do to the loss: sums over the rows [n] and over the columns [out];
-    and the column that sets the scale of each row [out]."""
+def factor_gradients(grad: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Gradients of the logarithms of the factors [n], by way of the rounding of weights [out, n].
+
+    A larger factor makes the rounding errors of its column smaller; where it is that of a row's greatest weight, which
+    sets the scale, it makes those of the row larger.
+    """
     scaled = rows.float() * factor
-    scale = row_scales(scaled)[:, None]
+    size, scale = scaled.abs(), row_scales(scaled)[:, None]
     effects = grad.float() * (torch.round(scaled / scale) * (scale / factor) - rows)
-    return effects.sum(dim=0), effects.sum(dim=1), scaled.abs().argmax(dim=1)
+    greatest = size == size.amax(dim=1, keepdim=True)
+    return (torch.where(greatest, effects.sum(dim=1, keepdim=True), 0.0) - effects).sum(dim=0)
 
 
 @Fused
@@ -845,8 +847,7 @@ def from_rows(rows: torch.Tensor, like: torch.Tensor, channel_dim: int) -> torch
 class FakeQuantizeWeight(torch.autograd.Function):
     """Round to the int8 grid and back.
 
-    The weight's gradient passes straight through (arXiv 1308.3432), as nothing clips. A larger factor makes the grid
-    finer for its input channel, and coarser for the rows whose scale that channel sets.
+    The weight's gradient passes straight through (arXiv 1308.3432), as nothing clips.
     """
 
     @staticmethod
@@ -868,8 +869,8 @@ class FakeQuantizeWeight(torch.autograd.Function):
             return grad, None
         weight, log_factor = ctx.saved_tensors
         grad_rows = grad.movedim(1, -1).flatten(1).contiguous().data
-        columns, rows, greatest = weight_errors(grad_rows, *FakeQuantizeWeight.rows_and_factors(weight, log_factor))
-        return grad, columns.neg().index_add(0, greatest, rows).view(-1, len(log_factor)).sum(dim=0)
+        gradients = factor_gradients(grad_rows, *FakeQuantizeWeight.rows_and_factors(weight, log_factor))
+        return grad, gradients.view(-1, len(log_factor)).sum(dim=0)
 
 
 class FakeQuantizeActivation(torch.autograd.Function):
