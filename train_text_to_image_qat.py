@@ -845,10 +845,7 @@ def from_rows(rows: torch.Tensor, like: torch.Tensor, channel_dim: int) -> torch
 
 
 class FakeQuantizeWeight(torch.autograd.Function):
-    """Round to the int8 grid and back.
-
-    The weight's gradient passes straight through (arXiv 1308.3432), as nothing clips.
-    """
+    """Round to the int8 grid and back; the gradient passes straight through (arXiv 1308.3432), as nothing clips."""
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, log_factor: torch.Tensor) -> torch.Tensor:
