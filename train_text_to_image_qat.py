@@ -179,8 +179,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
     add("--gradient_checkpointing", action="store_true", help="less memory for about a third more time")
     add("--learning_rate", type=float, default=1e-6, help="peak, for the weights")
-    add("--bias_learning_rate", type=float, default=1e-4, help="peak, for biases and the norms' factors")
-    text = "peak, for the logarithms of the activations' scales and channel factors; 0 freezes them as calibrated"
+    add("--bias_learning_rate", type=float, default=1e-4, help="peak, for biases and the norms' weights")
+    text = "peak, for the logarithms of the activations' scales; 0 freezes them as calibrated"
     add("--quantizer_learning_rate", type=float, default=1e-2, help=text)
     add("--scale_lr", action="store_true", help="multiply --learning_rate by processes x accumulation x batch size")
     schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
@@ -737,7 +737,7 @@ class MicroBatches(Sampler):
 #   weights      int8, symmetric, one scale per output channel: q = round(w * factor / scale), scale = absmax / 127
 #   activations  uint8, affine, one scale per tensor: q = clamp(round(x / factor / scale) + zero_point, 0, 255)
 # There is one factor per input channel: it takes from a channel's range what it gives to the weights that read it,
-# so that the product stays. Outputs are not quantized. Scales and factors of activations are learned.
+# so that the product stays. Outputs are not quantized. The scales of activations are learned.
 
 
 def weight_scales(weight: torch.Tensor) -> torch.Tensor:
@@ -795,20 +795,6 @@ def round_weight(rows: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -
 
 
 @Fused
-def factor_gradients(grad: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Gradients of the logarithms of the factors [n], by way of the rounding of weights [out, n].
-
-    A larger factor makes the rounding errors of its column smaller; where it is that of a row's greatest weight, which
-    sets the scale, it makes those of the row larger.
-    """
-    scaled = rows.float() * factor
-    size, scale = scaled.abs(), row_scales(scaled)[:, None]
-    effects = grad.float() * (torch.round(scaled / scale) * (scale / factor) - rows)
-    greatest = size == size.amax(dim=1, keepdim=True)
-    return (torch.where(greatest, effects.sum(dim=1, keepdim=True), 0.0) - effects).sum(dim=0)
-
-
-@Fused
 def round_activation(
     rows: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -822,7 +808,7 @@ def round_activation(
 def activation_gradients(
     grad: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the inputs [n, channels] and of the logarithms of the channels' step sizes [channels].
+    """Gradients of the inputs [n, channels] and of the logarithm of the scale, [].
 
     The latter is the rounding error inside of the range, the clipped value outside of it.
     """
@@ -832,7 +818,7 @@ def activation_gradients(
     quantized = (levels.clamp(0, 255) - zero_point) * step
     slope = torch.where(inside, quantized - rows, quantized)
     grad = grad.float()
-    return torch.where(inside, grad, 0.0).to(rows.dtype), (grad * slope).sum(dim=0)
+    return torch.where(inside, grad, 0.0).to(rows.dtype), (grad * slope).sum()
 
 
 def to_rows(x: torch.Tensor, channel_dim: int) -> torch.Tensor:
@@ -848,33 +834,22 @@ class FakeQuantizeWeight(torch.autograd.Function):
     """Round to the int8 grid and back; the gradient passes straight through (arXiv 1308.3432), as nothing clips."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, log_factor: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(weight, log_factor)
-        rounded = round_weight(*FakeQuantizeWeight.rows_and_factors(weight, log_factor), compute_dtype(weight))
-        return rounded.view(weight.movedim(1, -1).shape).movedim(-1, 1)
+    def forward(ctx: Any, weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        channels_last = weight.movedim(1, -1)  # the order of memory, for most
+        rows = channels_last.flatten(1).contiguous().data
+        factors = factor.repeat(channels_last.shape[1:-1].numel())
+        return round_weight(rows, factors, compute_dtype(weight)).view(channels_last.shape).movedim(-1, 1)
 
     @staticmethod
-    def rows_and_factors(weight: torch.Tensor, log_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[out, n] in the order of memory where that is channels_last, and [n]."""
-        rows = weight.movedim(1, -1)
-        factors = log_factor.detach().exp().repeat(rows.shape[1:-1].numel())
-        return rows.flatten(1).contiguous().data, factors
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not ctx.needs_input_grad[1]:
-            return grad, None
-        weight, log_factor = ctx.saved_tensors
-        grad_rows = grad.movedim(1, -1).flatten(1).contiguous().data
-        gradients = factor_gradients(grad_rows, *FakeQuantizeWeight.rows_and_factors(weight, log_factor))
-        return grad, gradients.view(-1, len(log_factor)).sum(dim=0)
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
 
 
 class FakeQuantizeActivation(torch.autograd.Function):
-    """Round to the uint8 grid and back, with learned step sizes: the scale times the channel's factor.
+    """Round to the uint8 grid and back, with a learned scale.
 
-    LSQ, arXiv 1902.08153, equations 2 and 3; a step is learned as its logarithm, so that an optimizer step changes it
-    by a ratio. The paper divides its gradient by a constant, which Adam would take out again.
+    LSQ, arXiv 1902.08153, equations 2 and 3; the scale is learned as its logarithm, so that an optimizer step changes
+    it by a ratio. The paper divides its gradient by a constant, which Adam would take out again.
     """
 
     @staticmethod
@@ -882,22 +857,21 @@ class FakeQuantizeActivation(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         channel_dim: int,
-        log_factor: torch.Tensor,
+        factor: torch.Tensor,
         log_scale: torch.Tensor,
         zero_point: torch.Tensor,
     ) -> torch.Tensor:
         ctx.channel_dim = channel_dim
-        ctx.save_for_backward(x, log_factor, log_scale, zero_point)
-        rows, factor, scale = to_rows(x, channel_dim), log_factor.detach().exp(), log_scale.detach().exp()
-        return from_rows(round_activation(rows, factor, scale, zero_point, compute_dtype(x)), x, channel_dim)
+        ctx.save_for_backward(x, factor, log_scale, zero_point)
+        grid = factor, log_scale.detach().exp(), zero_point
+        return from_rows(round_activation(to_rows(x, channel_dim), *grid, compute_dtype(x)), x, channel_dim)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, log_factor, log_scale, zero_point = ctx.saved_tensors
+        x, factor, log_scale, zero_point = ctx.saved_tensors
         rows, grad_rows = to_rows(x, ctx.channel_dim), to_rows(grad, ctx.channel_dim)
-        factor, scale = log_factor.detach().exp(), log_scale.detach().exp()
-        grad_rows, steps = activation_gradients(grad_rows, rows, factor, scale, zero_point)
-        return from_rows(grad_rows, x, ctx.channel_dim), None, steps, steps.sum(), None
+        grad_rows, grad_scale = activation_gradients(grad_rows, rows, factor, log_scale.detach().exp(), zero_point)
+        return from_rows(grad_rows, x, ctx.channel_dim), None, None, grad_scale, None
 
 
 class InputObserver(nn.Module):
@@ -907,14 +881,10 @@ class InputObserver(nn.Module):
         super().__init__()
         self.channel_dim = channel_dim
         self.readers = 1  # layers that take this tensor
-        self.log_factor = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("factor", torch.ones(channels))
         # observed per channel, [channels]; every range holds 0, as padding needs it
         self.register_buffer("low", torch.zeros(channels), persistent=False)
         self.register_buffer("high", torch.zeros(channels), persistent=False)
-
-    @property
-    def factor(self) -> torch.Tensor:
-        return self.log_factor.detach().exp()
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor) -> None:
@@ -951,7 +921,7 @@ class InputQuantizer(InputObserver):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize for the first of the readers, and keep that for the others."""
         if self.latest is None or self.latest[0] is not x:
-            grid = self.log_factor, self.log_scale, self.zero_point
+            grid = self.factor, self.log_scale, self.zero_point
             quantized = FakeQuantizeActivation.apply(x, self.channel_dim, *grid)
             self.latest, self.waiting = (x, quantized), self.readers
         quantized, self.waiting = self.latest[1], self.waiting - 1
@@ -982,7 +952,7 @@ class FakeInt8:
             return x, self.weight
         if isinstance(self.observer, InputQuantizer):
             x = self.observer(x)
-        return x, FakeQuantizeWeight.apply(self.weight, self.observer.log_factor)
+        return x, FakeQuantizeWeight.apply(self.weight, self.observer.factor)
 
 
 class FakeInt8Linear(FakeInt8, nn.Linear):
@@ -1258,7 +1228,7 @@ def set_ranges(student: nn.Module) -> None:
 
 @torch.no_grad()
 def smooth(unet: nn.Module) -> None:
-    """Choose the channel factors that the training starts from.
+    """Choose the channel factors.
 
     A few large channels then no longer set the step size of all (SmoothQuant, arXiv 2211.10438, equation 4). There
     the factors are folded into the norm before; here the quantizer divides by them, which costs nothing either, as
@@ -1271,7 +1241,7 @@ def smooth(unet: nn.Module) -> None:
         share = SMOOTHING if isinstance(observer, InputQuantizer) else WEIGHT_ONLY_SMOOTHING
         log_factor = share * inputs.log() - (1 - share) * weights.amax(dim=0).log()
         used = torch.isfinite(log_factor)  # a channel that is always 0, or never counts, has no say
-        observer.log_factor.copy_(torch.where(used, log_factor - log_factor[used].mean(), 0.0))
+        observer.factor.copy_(torch.where(used, log_factor - log_factor[used].mean(), 0.0).exp())
 
 
 # ---------------------------------------------------------------- losses
@@ -1469,7 +1439,7 @@ def total_steps(args: argparse.Namespace, dataset: CaptionedImages, accelerator:
 def make_trainer(
     student: UNet2DConditionModel, steps: int, accelerator: Accelerator, args: argparse.Namespace
 ) -> Trainer:
-    """AdamW over three groups: the weights, biases and norms, and the logarithms of the quantizers' scales and factors.
+    """AdamW over three groups: the weights, biases and norms, and the logarithms of the quantizers' scales.
 
     Biases and norms learn faster: they take off the part of the error that is the same at every step of a painting,
     which adds up, whereas the rest averages out; and they are few, so their random walk costs little.
@@ -1477,16 +1447,16 @@ def make_trainer(
     learning_rate = args.learning_rate
     if args.scale_lr:
         learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    grids = [parameter for observer in observers(student) for parameter in observer.parameters()]
-    known = set(map(id, grids))
+    scales = [quantizer.log_scale for quantizer in input_quantizers(student)]
+    known = set(map(id, scales))
     weights = [parameter for parameter in student.parameters() if parameter.dim() > 1]
     biases = [parameter for parameter in student.parameters() if parameter.dim() < 2 and id(parameter) not in known]
     groups = [{"params": weights, "lr": learning_rate}]
     groups.append({"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0})
     if args.quantizer_learning_rate > 0:
-        groups.append({"params": grids, "lr": args.quantizer_learning_rate, "weight_decay": 0.0})
+        groups.append({"params": scales, "lr": args.quantizer_learning_rate, "weight_decay": 0.0})
     else:
-        for parameter in grids:
+        for parameter in scales:
             parameter.requires_grad_(False)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(

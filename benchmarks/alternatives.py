@@ -88,18 +88,6 @@ def least_error() -> None:
 # ---------------------------------------------------------------- other trainings
 
 
-def fixed_factors() -> None:
-    """The step size of a tensor is learned, but not the factors of its channels."""
-    set_ranges = trainer.set_ranges
-
-    def set_ranges_once(student: nn.Module) -> None:
-        set_ranges(student)
-        for observer in trainer.observers(student):
-            observer.log_factor.requires_grad_(False)
-
-    trainer.set_ranges = set_ranges_once
-
-
 def mean_squared_error() -> None:
     """The plain mean, to which the last timesteps add most, as the loss."""
     trainer.log_distance = F.mse_loss
@@ -181,7 +169,6 @@ ALTERNATIVES: dict[str, Callable[[], None]] = {
     "without_smoothing": without_smoothing,
     "noised_pictures": lambda: setattr(trainer, "calibrate", calibrate_on_noised_pictures),
     "least_error": least_error,
-    "fixed_factors": fixed_factors,
     "mean_squared_error": mean_squared_error,
     "published": published,
 }

@@ -73,7 +73,6 @@ VARIANTS = {
     "int8-ptq-least-error": Variant(PTQ, alternative="least_error"),
     **{f"int8-ptq-float-{name}": Variant([*PTQ, "--keep_float", *what]) for name, what in FLOAT_CANDIDATES.items()},
     "int8-qat-frozen-ranges": Variant([*QAT, "--quantizer_learning_rate=0"]),
-    "int8-qat-fixed-factors": Variant(QAT, alternative="fixed_factors"),
     "int8-qat-mean-squared-error": Variant(QAT, alternative="mean_squared_error"),
     "int8-qat-feature-kd": Variant([*QAT, "--feature_kd_weight=0.1"]),
     "int8-qat-task-loss": Variant([*QAT, "--task_weight=0.1"]),
