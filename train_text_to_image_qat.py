@@ -90,8 +90,6 @@ DEFAULT_KEEP_FLOAT = ["conv_in", "conv_out", "time_embedding", r".*\.conv_shortc
 DEFAULT_WEIGHT_ONLY = [r".*\.time_emb_proj", r".*\.attn2\.to_[kv]", r".*\.proj_(in|out)", r".*\.ff\.net\.2"]
 SMOOTHING = 0.8  # share of an input channel's range that its weights take over (SmoothQuant's alpha)
 WEIGHT_ONLY_SMOOTHING = 0.5  # likewise, where the input is not quantized
-CALIBRATION_GUIDANCE = 7.5  # the guidance scale that pictures are painted with by default
-CALIBRATION_PICTURE_STEPS = 20  # denoising steps of a calibration picture: spread over all timesteps
 MAX_BAD_SHARE = 0.1  # stop when more than this share of the pictures cannot be read
 MAX_TRIES = 20  # pictures in a row that may be unreadable
 # Only these decoders are tried: Pillow would hand a file that starts with "%!PS" to Ghostscript, whatever its name.
@@ -161,7 +159,8 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     text = "layers with int8 weights that compute in float, likewise"
     add("--weight_only", nargs="*", metavar="REGEX", default=DEFAULT_WEIGHT_ONLY, help=text)
     add("--quantization_config", type=Path, metavar="FILE.json", help="a whole recipe, as quant_model.pt records it")
-    add("--calibration_steps", type=int, default=100, help="UNet evaluations, while painting, that set the ranges")
+    text = "batches of noised pictures that set the activations' ranges"
+    add("--calibration_steps", type=int, default=200, help=text)
     add = parser.add_argument_group("losses").add_argument
     text = "weight of the distance to the teacher's output, the logarithm of the mean squared error"
     add("--kd_weight", type=float, default=1.0, help=text)
@@ -507,10 +506,7 @@ class CaptionedImages(Dataset):
 
     def caption(self, row: int) -> str:
         # a dataset decodes the picture too when it is asked for a whole row
-        return caption_text(self.rows[row][1] if isinstance(self.rows, list) else self.rows[self.columns[1]][row])
-
-    def some_captions(self, count: int, generator: torch.Generator) -> list[str]:
-        return [self.caption(row) for row in torch.randint(len(self), (count,), generator=generator).tolist()]
+        return caption_text(self.rows[self.columns[1]][row])
 
     def micro_batches(self, numbers: range, args: argparse.Namespace) -> Iterable[list[tuple[int, int]]]:
         """Keys (epoch, row) of the micro-batches that one process works on."""
@@ -588,7 +584,6 @@ class StreamedImages(CaptionedImages):
         for flag, values, name in (("image", pictures, columns[0]), ("caption", captions, columns[1])):
             if all(value is None for value in values):
                 raise UsageError(f"the first {len(values)} pairs of the stream have no {name}: see --{flag}_column")
-        self.first_captions = [caption_text(caption) for caption in captions]
         self.reading: dict[int, tuple[Iterator, deque]] = {}
 
     def pairs(self, lane: int) -> Iterator[tuple[Any, Any]]:
@@ -622,11 +617,6 @@ class StreamedImages(CaptionedImages):
         if not isinstance(picture, dict):
             raise ValueError("no picture")
         return to_rgb(self.decode(picture)), caption_text(caption)
-
-    def some_captions(self, count: int, generator: torch.Generator) -> list[str]:
-        """Of the first ones: the stream is not to be read through before the training begins."""
-        rows = torch.randint(len(self.first_captions), (count,), generator=generator).tolist()
-        return [self.first_captions[row] for row in rows]
 
     def micro_batches(self, numbers: range, args: argparse.Namespace) -> Iterable[list[tuple[int, int]]]:
         self.lanes = numbers.step * max(1, args.dataloader_num_workers)  # the step is the number of processes
@@ -1184,33 +1174,24 @@ def calibrate(
     accelerator: Accelerator,
     args: argparse.Namespace,
 ) -> None:
-    """Set every activation range to the least and greatest value met while whole pictures are painted.
+    """Set every activation range to the least and greatest value met in noised pictures of the data.
 
-    The still unquantized student paints captions of the data, with guidance, so both its branches are
-    seen at all timesteps. Processes share the pictures, and the widest range counts for all of them.
+    As in training, captions are emptied at times, and each batch has early and late timesteps. The many pictures
+    count: the ranges of twenty that the model paints itself, step by step, are too small for some others. Processes
+    share the batches, and the widest range counts for all of them.
     """
     began = time.monotonic()
-    scheduler = DDIMScheduler.from_config(pipeline.noise_scheduler.config)
-    edge = args.resolution // 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    batches = math.ceil(args.calibration_steps / CALIBRATION_PICTURE_STEPS)
+    numbers = range(accelerator.process_index, args.calibration_steps, accelerator.num_processes)
+    keys = dataset.micro_batches(numbers, args)
+    loader = DataLoader(dataset, batch_sampler=keys, num_workers=args.dataloader_num_workers)
+    watch = Watch()
     set_mode(student, "observe")
-    for batch in range(accelerator.process_index, batches, accelerator.num_processes):
-        generator = generator_for(args.seed, "calibration", batch)
-        captions = dataset.some_captions(args.train_batch_size, generator)
-        input_ids = dataset.tokenize([""] * len(captions) + captions)
-        encoder_hidden_states = pipeline.text_encoder(input_ids.to(accelerator.device))[0]  # [2B, 77, D]
-        latents = torch.randn((len(captions), student.config.in_channels, edge, edge), generator=generator)
-        latents = latents.to(accelerator.device) * scheduler.init_noise_sigma
-        scheduler.set_timesteps(
-            min(CALIBRATION_PICTURE_STEPS, args.calibration_steps - batch * CALIBRATION_PICTURE_STEPS)
-        )
-        for timestep in scheduler.timesteps:
-            noisy_latents = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
-            with accelerator.autocast():
-                output = student(noisy_latents, timestep, encoder_hidden_states).sample.float()
-            unconditional, conditional = output.chunk(2)
-            output = unconditional + CALIBRATION_GUIDANCE * (conditional - unconditional)
-            latents = scheduler.step(output, timestep, latents).prev_sample
+    for number, batch in zip(numbers, loader):
+        watch.note({}, batch["replaced"])
+        generator = generator_for(args.seed, "calibration", number)
+        noised = noise_pictures(pipeline, batch, (0, 1), generator, accelerator)
+        with accelerator.autocast():
+            student(noised.noisy_latents, noised.timesteps, noised.encoder_hidden_states)
     if accelerator.num_processes > 1:
         for observer in observers(student):
             torch.distributed.all_reduce(observer.low, op=torch.distributed.ReduceOp.MIN)
@@ -1311,6 +1292,48 @@ def encode(
     posterior = pipeline.vae.encode(pixel_values).latent_dist
     embeddings = pipeline.text_encoder(batch["input_ids"].to(device))[0]
     return torch.stack([posterior.mean, posterior.std], dim=1).float(), embeddings
+
+
+@dataclass
+class Noised:
+    """A batch as the UNet takes it, and what it was made of."""
+
+    noisy_latents: torch.Tensor  # [B, 4, H/8, W/8], as latents and noise
+    timesteps: torch.Tensor  # [B]
+    encoder_hidden_states: torch.Tensor  # [B, 77, D]
+    latents: torch.Tensor
+    noise: torch.Tensor
+
+
+@torch.no_grad()
+def noise_pictures(
+    pipeline: Pipeline,
+    batch: dict[str, torch.Tensor],
+    part: tuple[int, int],
+    generator: torch.Generator,
+    accelerator: Accelerator,
+) -> Noised:
+    """Encode the pictures and noise them; part (i, n): the batch is the i-th of the n of an optimizer step."""
+    scheduler, device = pipeline.noise_scheduler, accelerator.device
+    with accelerator.autocast():
+        distribution, encoder_hidden_states = encode(pipeline, batch, device)
+    latents = sample_latents(distribution, generator, pipeline.vae)
+    noise = torch.randn(latents.shape, generator=generator).to(device)
+    timesteps = sample_timesteps(scheduler, len(latents), part, generator).to(device)
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    return Noised(noisy_latents, timesteps, encoder_hidden_states, latents, noise)
+
+
+def sample_timesteps(
+    scheduler: DDPMScheduler, count: int, part: tuple[int, int], generator: torch.Generator
+) -> torch.Tensor:
+    """One from each of as many equal parts of the schedule as an optimizer step has pictures, [count].
+
+    So every step hears of early and of late timesteps, and its gradient varies less (arXiv 2107.00630, appendix I.1).
+    """
+    index, parts = part
+    places = index * count + torch.arange(count) + torch.rand(count, generator=generator).double()
+    return (places / (parts * count) * scheduler.config.num_train_timesteps).long()
 
 
 def sample_latents(distribution: torch.Tensor, generator: torch.Generator, vae: AutoencoderKL) -> torch.Tensor:
@@ -1542,8 +1565,7 @@ def distill(
     args: argparse.Namespace,
 ) -> None:
     """Train up to optimizer step `steps`."""
-    scheduler, device = pipeline.noise_scheduler, accelerator.device
-    world = accelerator.num_processes
+    scheduler, world = pipeline.noise_scheduler, accelerator.num_processes
     per_step = args.gradient_accumulation_steps * world
     numbers = range(trainer.step * per_step + accelerator.process_index, steps * per_step, world)
     keys = dataset.micro_batches(numbers, args)
@@ -1556,22 +1578,17 @@ def distill(
         for number, batch in zip(numbers, loader):
             with accelerator.accumulate(model):
                 generator = generator_for(args.seed, "noise", number)
+                noised = noise_pictures(pipeline, batch, (number % per_step, per_step), generator, accelerator)
+                inputs = noised.noisy_latents, noised.timesteps, noised.encoder_hidden_states
                 with torch.no_grad(), accelerator.autocast():
-                    distribution, encoder_hidden_states = encode(pipeline, batch, device)
-                latents = sample_latents(distribution, generator, pipeline.vae)
-                noise = torch.randn(latents.shape, generator=generator).to(device)
-                timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
-                timesteps = timesteps.to(device)
-                noisy_latents = scheduler.add_noise(latents, noise, timesteps)  # [B, 4, H/8, W/8]
-                with torch.no_grad(), accelerator.autocast():
-                    teacher_output = teacher(noisy_latents, timesteps, encoder_hidden_states).sample.float()
+                    teacher_output = teacher(*inputs).sample.float()
                 with accelerator.autocast():
-                    student_output = model(noisy_latents, timesteps, encoder_hidden_states).sample.float()
-                target = training_target(scheduler, latents, noise, timesteps)
+                    student_output = model(*inputs).sample.float()
+                target = training_target(scheduler, noised.latents, noised.noise, noised.timesteps)
                 pairs = zip(student_blocks.take(), teacher_blocks.take())
                 parts = {
                     "kd_loss": log_distance(student_output, teacher_output),
-                    "task_loss": task_loss(student_output, target, scheduler, timesteps, args.snr_gamma),
+                    "task_loss": task_loss(student_output, target, scheduler, noised.timesteps, args.snr_gamma),
                 }
                 loss = args.kd_weight * parts["kd_loss"] + args.task_weight * parts["task_loss"]
                 if features:
@@ -1594,7 +1611,7 @@ def distill(
             progress.set_postfix({name: f"{value:.2e}" for name, value in trainer.losses.items()})
             after_step(trainer, teacher, pipeline, steps, stop, accelerator, args)
     progress.close()
-    replaced = int(accelerator.reduce(torch.tensor(watch.replaced, device=device), reduction="sum"))
+    replaced = int(accelerator.reduce(torch.tensor(watch.replaced, device=accelerator.device), reduction="sum"))
     if replaced or watch.bad_steps:
         logger.warning(f"{replaced} unreadable pictures replaced, {watch.bad_steps} non-finite steps left out")
 

@@ -4,7 +4,7 @@ own part, and the script run with the flags that follow.
 
     python benchmarks/alternatives.py published train_text_to_image_qat.py --pretrained_model_name_or_path ...
 
-benchmarks/fidelity.py measures them.
+A plus sign joins several. benchmarks/fidelity.py measures them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from diffusers import DDIMScheduler
 from torch.ao.quantization import FakeQuantize, default_fake_quant, default_per_channel_weight_fake_quant
 
 import text2images as painter
@@ -34,21 +35,29 @@ def without_smoothing() -> None:
 
 
 @torch.no_grad()
-def calibrate_on_noised_pictures(student, pipeline, dataset, accelerator, args) -> None:
-    """In place of trainer.calibrate: noised training pictures, as the teacher saw them, instead of its own painting."""
+def calibrate_by_painting(student, pipeline, dataset, accelerator, args) -> None:
+    """In place of trainer.calibrate: the widest ranges met while the student paints 20 captions with guidance."""
     trainer.set_mode(student, "observe")
-    scheduler = pipeline.noise_scheduler
-    numbers = range(2 * args.calibration_steps)  # the painting has two branches
-    batches = torch.utils.data.DataLoader(dataset, batch_sampler=dataset.micro_batches(numbers, args))
-    for number, batch in zip(numbers, batches):
-        generator = trainer.generator_for(args.seed, "calibration", number)
-        distribution, encoder_hidden_states = trainer.encode(pipeline, batch, accelerator.device)
-        latents = trainer.sample_latents(distribution, generator, pipeline.vae)
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
-        with accelerator.autocast():
-            student(scheduler.add_noise(latents, noise, timesteps), timesteps, encoder_hidden_states)
+    scheduler = DDIMScheduler.from_config(pipeline.noise_scheduler.config)
+    scheduler.set_timesteps(20)
+    edge = args.resolution // 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    for batch in range(5):
+        generator = trainer.generator_for(args.seed, "calibration", batch)
+        rows = torch.randint(len(dataset), (4,), generator=generator).tolist()
+        input_ids = dataset.tokenize([""] * 4 + [dataset.rows[row][1] for row in rows])
+        encoder_hidden_states = pipeline.text_encoder(input_ids)[0]
+        latents = torch.randn((4, student.config.in_channels, edge, edge), generator=generator)
+        for timestep in scheduler.timesteps:
+            with accelerator.autocast():
+                output = student(torch.cat([latents] * 2), timestep, encoder_hidden_states).sample.float()
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + 7.5 * (conditional - unconditional)
+            latents = scheduler.step(output, timestep, latents).prev_sample
     trainer.set_ranges(student)
+
+
+def painting() -> None:
+    trainer.calibrate = calibrate_by_painting
 
 
 class LeastErrorQuantizer(trainer.InputQuantizer):
@@ -86,6 +95,13 @@ def least_error() -> None:
 
 
 # ---------------------------------------------------------------- other trainings
+
+
+def random_timesteps() -> None:
+    """Each picture's drawn by itself, instead of one from each part of the schedule."""
+    trainer.sample_timesteps = lambda scheduler, count, part, generator: torch.randint(
+        scheduler.config.num_train_timesteps, (count,), generator=generator
+    )
 
 
 def mean_squared_error() -> None:
@@ -167,16 +183,18 @@ def published() -> None:
 
 ALTERNATIVES: dict[str, Callable[[], None]] = {
     "without_smoothing": without_smoothing,
-    "noised_pictures": lambda: setattr(trainer, "calibrate", calibrate_on_noised_pictures),
+    "painting": painting,
     "least_error": least_error,
+    "random_timesteps": random_timesteps,
     "mean_squared_error": mean_squared_error,
     "published": published,
 }
 
 
 def main() -> None:
-    name, script, *flags = sys.argv[1:]
-    ALTERNATIVES[name]()
+    names, script, *flags = sys.argv[1:]
+    for name in names.split("+"):
+        ALTERNATIVES[name]()
     {"train_text_to_image_qat.py": trainer, "text2images.py": painter}[script].main(flags)
 
 

@@ -40,7 +40,8 @@ FLOAT_CANDIDATES = {
     "proj": [r".*\.proj_(in|out)"],
     "ff2": [r".*\.ff\.net\.2"],
 }
-BASELINES = ("bf16", "int8-ptq", "int8-ptq-bf16", "published")  # the report keeps differences from these
+PAINTING = "painting+random_timesteps"
+BASELINES = ("bf16", "int8-ptq", "int8-ptq-bf16", "int8-ptq-painting", "published")  # differences kept in the report
 
 
 @dataclass
@@ -62,22 +63,27 @@ VARIANTS = {
     "int8-qat-bf16": Variant(QAT, ["--dtype", "bfloat16"]),
     "int8-qat-high-precision-2": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "2"]),
     "int8-qat-high-precision-5": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "5"]),
-    # the published recipe: quantized outputs, moving ranges, every layer; and its quantizers without training
-    "published": Variant(PUBLISHED, alternative="published"),
-    "published-ptq": Variant([*PUBLISHED, *PTQ], alternative="published"),
-    # the way to the default, one thing at a time
-    "int8-ptq-all-min-max": Variant([*PTQ, "--keep_float"], alternative="without_smoothing"),
-    "int8-ptq-all": Variant([*PTQ, "--keep_float"]),
-    "int8-ptq-without-smoothing": Variant(PTQ, alternative="without_smoothing"),
-    "int8-ptq-noised-pictures": Variant(PTQ, alternative="noised_pictures"),
-    "int8-ptq-least-error": Variant(PTQ, alternative="least_error"),
-    **{f"int8-ptq-float-{name}": Variant([*PTQ, "--keep_float", *what]) for name, what in FLOAT_CANDIDATES.items()},
-    "int8-qat-frozen-ranges": Variant([*QAT, "--quantizer_learning_rate=0"]),
-    "int8-qat-mean-squared-error": Variant(QAT, alternative="mean_squared_error"),
-    "int8-qat-feature-kd": Variant([*QAT, "--feature_kd_weight=0.1"]),
-    "int8-qat-task-loss": Variant([*QAT, "--task_weight=0.1"]),
-    "int8-qat-no-ema": Variant(["--max_train_steps=300"]),
     "int8-qat-constant": Variant(ORIGINAL),
+    # the published recipe: quantized outputs, moving ranges, every layer; and its quantizers without training
+    "published": Variant(PUBLISHED, alternative="random_timesteps+published"),
+    "published-ptq": Variant([*PUBLISHED, *PTQ], alternative="painting+published"),
+    # calibration, one thing at a time
+    "int8-ptq-all-min-max": Variant([*PTQ, "--keep_float"], alternative="painting+without_smoothing"),
+    "int8-ptq-all": Variant([*PTQ, "--keep_float"], alternative="painting"),
+    **{
+        f"int8-ptq-float-{name}": Variant([*PTQ, "--keep_float", *what], alternative="painting")
+        for name, what in FLOAT_CANDIDATES.items()
+    },
+    "int8-ptq-painting": Variant(PTQ, alternative="painting"),  # all of them, as by default
+    "int8-ptq-painting-without-smoothing": Variant(PTQ, alternative="painting+without_smoothing"),
+    "int8-ptq-painting-least-error": Variant(PTQ, alternative="painting+least_error"),
+    # training after that calibration, one thing at a time
+    "int8-qat-painting": Variant(QAT, alternative=PAINTING),
+    "int8-qat-painting-frozen-ranges": Variant([*QAT, "--quantizer_learning_rate=0"], alternative=PAINTING),
+    "int8-qat-painting-mean-squared-error": Variant(QAT, alternative=f"{PAINTING}+mean_squared_error"),
+    "int8-qat-painting-feature-kd": Variant([*QAT, "--feature_kd_weight=0.1"], alternative=PAINTING),
+    "int8-qat-painting-task-loss": Variant([*QAT, "--task_weight=0.1"], alternative=PAINTING),
+    "int8-qat-painting-no-ema": Variant(["--max_train_steps=300"], alternative=PAINTING),
 }
 
 

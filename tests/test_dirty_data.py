@@ -133,7 +133,7 @@ def test_a_tenth_of_bad_pictures_is_not_stopped_by_bad_luck() -> None:
 
 
 def test_unreadable_pictures_of_a_dataset_are_replaced_too(model_dir: Path, tmp_path: Path) -> None:
-    """Also while calibrating, which needs captions only; and where there is no picture at all."""
+    """Also where there is no picture at all."""
     import datasets
 
     pictures = [{"bytes": data, "path": None} for data in [GOOD] * 10 + [JPEG[:300]]] + [None]

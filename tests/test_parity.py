@@ -86,7 +86,7 @@ def test_training_batch_of_nan_changes_nothing(train, tmp_path: Path, monkeypatc
 
     def second_is_nan(*arguments: Any) -> torch.Tensor:
         batches.append(1)
-        return encode(*arguments) * (math.nan if len(batches) == 2 else 1)
+        return encode(*arguments) * (math.nan if len(batches) == 3 + 2 else 1)  # after those of calibration
 
     def note(state: trainer.Trainer, *rest: Any) -> None:
         states.append(everything(state))
@@ -102,17 +102,17 @@ def test_training_batch_of_nan_changes_nothing(train, tmp_path: Path, monkeypatc
 
 def test_calibration_pictures_of_nan_enter_no_range(train, tmp_path: Path, monkeypatch) -> None:
     flags = ["--max_train_steps", "0", "--calibration_steps"]
-    expected = train(tmp_path / "one picture", *flags, "20")["state_dict"]
-    scale_input, steps = trainer.DDIMScheduler.scale_model_input, []
+    expected = train(tmp_path / "one batch", *flags, "1")["state_dict"]
+    encode, batches = trainer.sample_latents, []
 
-    def second_is_nan(self: Any, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
-        steps.append(1)
-        return scale_input(self, latents * (math.nan if len(steps) > 20 else 1), timestep)
+    def second_is_nan(*arguments: Any) -> torch.Tensor:
+        batches.append(1)
+        return encode(*arguments) * (math.nan if len(batches) == 2 else 1)
 
-    monkeypatch.setattr(trainer.DDIMScheduler, "scale_model_input", second_is_nan)
-    state = train(tmp_path / "and one of nan", *flags, "25")["state_dict"]
+    monkeypatch.setattr(trainer, "sample_latents", second_is_nan)
+    state = train(tmp_path / "and one of nan", *flags, "2")["state_dict"]
     names = [name.removesuffix(".input_scale") for name in expected if name.endswith(".input_scale")]
-    assert len(steps) == 25 and len(names) > 30
+    assert len(batches) == 2 and len(names) > 30
     for name in names:
         for tensor in ("input_scale", "input_zero_point", "input_factor", "weight"):
             assert torch.equal(state[f"{name}.{tensor}"], expected[f"{name}.{tensor}"]), name

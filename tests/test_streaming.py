@@ -101,8 +101,6 @@ def test_caption_goes_with_its_picture(tars: Path) -> None:
         for key in batch:
             sample = dataset[key]
             assert torch.equal(sample["input_ids"], dataset.tokenize([f"grey {levels([sample])[0]}"])[0])
-    captions = dataset.some_captions(5, torch.Generator().manual_seed(0))
-    assert len(set(captions)) > 1 and all(caption.startswith("grey ") for caption in captions)
 
 
 def test_pattern_of_img2dataset_names_the_shards(tars: Path) -> None:

@@ -521,11 +521,11 @@ def test_cached_latents_train_the_same_model_and_are_encoded_once(train, data_di
     counted = lambda pipeline, batch, device: encoded.append("latents" not in batch) or encode(pipeline, batch, device)  # noqa: E731
     monkeypatch.setattr(trainer, "encode", counted)
     plain = train(tmp_path / "plain", *flags)
-    assert encoded == [True] * 4
+    assert encoded == [True] * (3 + 4)  # of calibration and training
     encoded.clear()
     cached = train(tmp_path / "cached", *flags, "--cache_latents")
     (folder,) = (tmp_path / "cached").glob("latents-*")
-    assert encoded == [True] * len(list(folder.iterdir())) + [False] * 4
+    assert encoded == [True] * (3 + len(list(folder.iterdir()))) + [False] * 4
     assert equal_states(plain, cached)
     for removed in (tmp_path / "cached" / "checkpoint-4", next(folder.iterdir())):
         removed.rename(removed.with_suffix(".partial"))
@@ -582,6 +582,19 @@ def test_zero_steps_is_post_training_quantization_and_training_changes_it(train,
     name = "mid_block.resnets.0.conv1"
     assert not torch.equal(ptq["state_dict"][f"{name}.weight"], qat["state_dict"][f"{name}.weight"])
     assert ptq["state_dict"][f"{name}.input_scale"] != qat["state_dict"][f"{name}.input_scale"]
+
+
+def test_every_step_has_timesteps_of_each_part_of_the_schedule() -> None:
+    scheduler, generator = trainer.DDPMScheduler(num_train_timesteps=1000), torch.Generator().manual_seed(0)
+    for count, parts in ((4, 1), (1, 4), (5, 2), (1, 1)):
+        steps = []
+        for _ in range(200):
+            micro_batches = (trainer.sample_timesteps(scheduler, count, (i, parts), generator) for i in range(parts))
+            steps.append(torch.cat(list(micro_batches)))
+        steps = torch.stack(steps)
+        width = 1000 // (count * parts)
+        assert torch.equal(steps // width, torch.arange(count * parts).expand(200, -1))
+        assert 0 <= steps.min() < 20 and 980 < steps.max() < 1000  # and all of each part is used
 
 
 def test_each_learning_rate_moves_its_own_parameters(train, tmp_path: Path) -> None:
