@@ -619,6 +619,7 @@ class StreamedImages(CaptionedImages):
         return to_rgb(self.decode(picture)), caption_text(caption)
 
     def micro_batches(self, numbers: range, args: argparse.Namespace) -> Iterable[list[tuple[int, int]]]:
+        self.reading.clear()  # the lanes may be others, and may begin earlier
         self.lanes = numbers.step * max(1, args.dataloader_num_workers)  # the step is the number of processes
         self.parts = math.ceil(self.lanes / self.rows.num_shards)
         size = args.train_batch_size
@@ -1186,7 +1187,8 @@ def calibrate(
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=args.dataloader_num_workers)
     watch = Watch()
     set_mode(student, "observe")
-    for number, batch in zip(numbers, loader):
+    progress = tqdm(loader, desc="calibrate", total=len(numbers), disable=not accelerator.is_main_process)
+    for number, batch in zip(numbers, progress):
         watch.note({}, batch["replaced"])
         generator = generator_for(args.seed, "calibration", number)
         noised = noise_pictures(pipeline, batch, (0, 1), generator, accelerator)

@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", default=str(ROOT / "demo/tiny-stable-diffusion"))
-    add("--train_data_dir", type=Path, default=ROOT / "demo/scenes", help="whose captions calibrate; made by make demo")
+    add("--train_data_dir", type=Path, default=ROOT / "demo/scenes", help="whose pictures calibrate; made by make demo")
     add("--captions_file", type=Path, default=ROOT / "demo/captions.txt", help="what is painted")
     add("--resolution", type=int, default=64, help="edge of the pictures in pixels")
     add("--starts", type=int, default=4, help="pictures, each of another caption [%(default)s]")

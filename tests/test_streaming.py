@@ -95,6 +95,14 @@ def test_data_workers_read_what_their_keys_say(tars: Path) -> None:
     assert sum(map(levels, batches), []) == read(tars, range(3, 12), *flags)
 
 
+def test_training_reads_from_the_beginning_what_calibration_read_before(tars: Path) -> None:
+    dataset, args = stream(tars)
+    passes = [
+        [levels([dataset[key] for key in batch]) for batch in dataset.micro_batches(range(30), args)] for _ in "ab"
+    ]
+    assert passes[0] == passes[1]
+
+
 def test_caption_goes_with_its_picture(tars: Path) -> None:
     dataset, args = stream(tars)
     for batch in dataset.micro_batches(range(4), args):
