@@ -1385,14 +1385,15 @@ class CachedLatents(Dataset):
 def cache_latents(
     dataset: CaptionedImages, pipeline: Pipeline, steps: int, accelerator: Accelerator, args: argparse.Namespace
 ) -> CachedLatents:
-    """Of the pairs that the run will use, in a folder that is named after all that they depend on."""
+    """Of the pairs that calibration and training will use, in a folder that is named after all they depend on."""
     content: Any = getattr(dataset.rows, "_fingerprint", None)  # of the datasets library
     content = content or [(*row, os.path.isfile(row[0]) and os.path.getsize(row[0])) for row in dataset.rows]
     model = (args.pretrained_model_name_or_path, args.revision, args.variant, accelerator.mixed_precision)
     digest = hashlib.sha256(repr((content, dataset.columns, model, args.resolution)).encode()).hexdigest()
     cache = CachedLatents(dataset, args.output_dir / f"latents-{digest[:16]}")
-    micro_batches = range(steps * args.gradient_accumulation_steps * accelerator.num_processes)
-    cache.fill(itertools.chain.from_iterable(dataset.micro_batches(micro_batches, args)), pipeline, accelerator)
+    of_training = steps * args.gradient_accumulation_steps * accelerator.num_processes
+    micro_batches = dataset.micro_batches(range(max(of_training, args.calibration_steps)), args)
+    cache.fill(itertools.chain.from_iterable(micro_batches), pipeline, accelerator)
     return cache
 
 
@@ -1856,6 +1857,8 @@ def main(argv: list[str] | None = None) -> None:
     teacher, student = split(pipeline.unet, accelerator)  # a frozen copy, and the UNet that learns
     config = recipe(args, student)  # which layer gets which dtype
     student = prepare(student, config)  # float layers -> fake-int8 twins
+    if args.cache_latents:
+        dataset = cache_latents(dataset, pipeline, steps, accelerator, args)
     if checkpoint is None:
         calibrate(student, pipeline, dataset, accelerator, args)  # activation ranges
     set_mode(student, "quantize")
@@ -1866,8 +1869,6 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint is not None:
         trainer.load(checkpoint / "state.pt")
     accelerator.init_trackers("text-to-image-qat")
-    if args.cache_latents:
-        dataset = cache_latents(dataset, pipeline, steps, accelerator, args)
     distill(trainer, teacher, pipeline, dataset, steps, accelerator, args)  # the training loop
     if accelerator.is_main_process:
         save_int8(trainer, config, args)  # convert -> quant_model.pt

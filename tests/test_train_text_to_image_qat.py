@@ -525,7 +525,7 @@ def test_cached_latents_train_the_same_model_and_are_encoded_once(train, data_di
     encoded.clear()
     cached = train(tmp_path / "cached", *flags, "--cache_latents")
     (folder,) = (tmp_path / "cached").glob("latents-*")
-    assert encoded == [True] * (3 + len(list(folder.iterdir()))) + [False] * 4
+    assert encoded == [True] * len(list(folder.iterdir())) + [False] * (3 + 4)
     assert equal_states(plain, cached)
     for removed in (tmp_path / "cached" / "checkpoint-4", next(folder.iterdir())):
         removed.rename(removed.with_suffix(".partial"))
