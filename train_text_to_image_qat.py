@@ -177,13 +177,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train_batch_size", type=int, default=4, help="pictures per process and forward pass")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
     add("--gradient_checkpointing", action="store_true", help="less memory for about a third more time")
-    add("--learning_rate", type=float, default=1e-6, help="peak, for the weights")
+    text = "peak, for the weights, relative to each tensor's median magnitude"
+    add("--learning_rate", type=float, default=1e-5, help=text)
     add("--bias_learning_rate", type=float, default=1e-4, help="peak, for biases and the norms' weights")
     text = "peak, for the logarithms of the activations' scales; 0 freezes them as calibrated"
     add("--quantizer_learning_rate", type=float, default=1e-2, help=text)
     add("--scale_lr", action="store_true", help="multiply --learning_rate by processes x accumulation x batch size")
     schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
-    add("--lr_scheduler", default="cosine", choices=schedules, help="schedule over all steps")
+    add("--lr_scheduler", default="constant", choices=schedules, help="schedule over all steps")
     add("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up")
     add("--adam_beta1", type=float, default=0.9, help="decay of the gradient's average")
     add("--adam_beta2", type=float, default=0.999, help="decay of the squared gradient's average")
@@ -1462,22 +1463,34 @@ def total_steps(args: argparse.Namespace, dataset: CaptionedImages, accelerator:
     return args.num_train_epochs * math.ceil(len(dataset) / batch)
 
 
+def peak_learning_rate(args: argparse.Namespace, accelerator: Accelerator) -> float:
+    """Of the weights, relative to their size."""
+    factor = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    return args.learning_rate * (factor if args.scale_lr else 1)
+
+
+def size_of(weight: torch.Tensor) -> float:
+    """Median magnitude, which outlier channels leave alone; at least 0.001, or zeros could never learn."""
+    return max(1e-3, weight.detach().abs().median().item())
+
+
 def make_trainer(
     student: UNet2DConditionModel, steps: int, accelerator: Accelerator, args: argparse.Namespace
 ) -> Trainer:
-    """AdamW over three groups: the weights, biases and norms, and the logarithms of the quantizers' scales.
+    """AdamW with a rate for each weight tensor, one for biases and norms, one for the logarithms of the scales.
+
+    A weight tensor's rate is relative to its size: Adam steps by the rate, whatever the gradient, and what is a small
+    step for one layer would be a random walk over several int8 levels for another.
 
     Biases and norms learn faster: they take off the part of the error that is the same at every step of a painting,
     which adds up, whereas the rest averages out; and they are few, so their random walk costs little.
     """
-    learning_rate = args.learning_rate
-    if args.scale_lr:
-        learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    peak = peak_learning_rate(args, accelerator)
     scales = [quantizer.log_scale for quantizer in input_quantizers(student)]
     known = set(map(id, scales))
     weights = [parameter for parameter in student.parameters() if parameter.dim() > 1]
     biases = [parameter for parameter in student.parameters() if parameter.dim() < 2 and id(parameter) not in known]
-    groups = [{"params": weights, "lr": learning_rate}]
+    groups: list[dict[str, Any]] = [{"params": [weight], "lr": peak * size_of(weight)} for weight in weights]
     groups.append({"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0})
     if args.quantizer_learning_rate > 0:
         groups.append({"params": scales, "lr": args.quantizer_learning_rate, "weight_decay": 0.0})
@@ -1491,8 +1504,8 @@ def make_trainer(
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max(1, steps)}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
     ema = None
-    if args.use_ema and steps > 0:  # weights of the average grow as step^4: the last fifth of the run counts most
-        ema = EMAModel(student.parameters(), decay=1.0, use_ema_warmup=True, inv_gamma=5.0, power=1.0)
+    if args.use_ema and steps > 0:  # the plain mean of all steps: constant rates walk about the optimum, and it cancels
+        ema = EMAModel(student.parameters(), decay=1.0, use_ema_warmup=True, inv_gamma=1.0, power=1.0)
     # fp32: weights, gradients, two moments, average; the teacher in its own precision
     copies = 4 + args.use_ema + (0.5 if accelerator.mixed_precision != "no" else 1)
     size = copies * 4e-9 * sum(parameter.numel() for parameter in student.parameters())
@@ -1631,7 +1644,8 @@ def after_step(
     """Log, validate and checkpoint where it is time to; leave the program if it was told to stop."""
     told = stop.received()
     last = trainer.step == steps
-    accelerator.log({**trainer.losses, "lr": trainer.lr_scheduler.get_last_lr()[0]}, step=trainer.step)
+    lr = peak_learning_rate(args, accelerator) * trainer.lr_scheduler.lr_lambdas[0](trainer.step)
+    accelerator.log({**trainer.losses, "lr": lr}, step=trainer.step)
     if accelerator.is_main_process:
         if args.validation_prompts and (last or trainer.step % args.validation_steps == 0):
             validate(trainer, teacher, pipeline, accelerator, args)

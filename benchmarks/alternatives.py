@@ -104,6 +104,11 @@ def random_timesteps() -> None:
     )
 
 
+def one_rate() -> None:
+    """The learning rate is that of all weights, whatever their size."""
+    trainer.size_of = lambda weight: 1.0
+
+
 def mean_squared_error() -> None:
     """The plain mean, to which the last timesteps add most, as the loss."""
     trainer.log_distance = F.mse_loss
@@ -186,6 +191,7 @@ ALTERNATIVES: dict[str, Callable[[], None]] = {
     "painting": painting,
     "least_error": least_error,
     "random_timesteps": random_timesteps,
+    "one_rate": one_rate,
     "mean_squared_error": mean_squared_error,
     "published": published,
 }

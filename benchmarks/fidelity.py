@@ -27,9 +27,8 @@ import check_scenes  # noqa: E402
 from output import write_json  # noqa: E402
 
 PTQ = ["--max_train_steps=0"]
-QAT = ["--max_train_steps=300", "--use_ema"]
-ORIGINAL = [*QAT, "--learning_rate=1e-05", "--lr_scheduler=constant"]  # as in the original README
-PUBLISHED = [*ORIGINAL, "--keep_float", "--task_weight=1", "--mixed_precision=no", "--quantizer_learning_rate=0"]
+QAT = ["--max_train_steps=300", "--use_ema"]  # all else is by default as in the original README
+PUBLISHED = [*QAT, "--keep_float", "--task_weight=1", "--mixed_precision=no", "--quantizer_learning_rate=0"]
 PUBLISHED += ["--bias_learning_rate=1e-05", "--proportion_empty_prompts=0"]
 FLOAT_CANDIDATES = {
     "conv_in-conv_out": ["conv_in", "conv_out"],
@@ -40,7 +39,6 @@ FLOAT_CANDIDATES = {
     "proj": [r".*\.proj_(in|out)"],
     "ff2": [r".*\.ff\.net\.2"],
 }
-PAINTING = "painting+random_timesteps"
 BASELINES = ("bf16", "int8-ptq", "int8-ptq-bf16", "int8-ptq-painting", "published")  # differences kept in the report
 
 
@@ -63,9 +61,9 @@ VARIANTS = {
     "int8-qat-bf16": Variant(QAT, ["--dtype", "bfloat16"]),
     "int8-qat-high-precision-2": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "2"]),
     "int8-qat-high-precision-5": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "5"]),
-    "int8-qat-constant": Variant(ORIGINAL),
+    "int8-qat-1000-steps": Variant(["--max_train_steps=1000", "--use_ema"]),
     # the published recipe: quantized outputs, moving ranges, every layer; and its quantizers without training
-    "published": Variant(PUBLISHED, alternative="random_timesteps+published"),
+    "published": Variant(PUBLISHED, alternative="random_timesteps+one_rate+published"),
     "published-ptq": Variant([*PUBLISHED, *PTQ], alternative="painting+published"),
     # calibration, one thing at a time
     "int8-ptq-all-min-max": Variant([*PTQ, "--keep_float"], alternative="painting+without_smoothing"),
@@ -77,13 +75,16 @@ VARIANTS = {
     "int8-ptq-painting": Variant(PTQ, alternative="painting"),  # all of them, as by default
     "int8-ptq-painting-without-smoothing": Variant(PTQ, alternative="painting+without_smoothing"),
     "int8-ptq-painting-least-error": Variant(PTQ, alternative="painting+least_error"),
-    # training after that calibration, one thing at a time
-    "int8-qat-painting": Variant(QAT, alternative=PAINTING),
-    "int8-qat-painting-frozen-ranges": Variant([*QAT, "--quantizer_learning_rate=0"], alternative=PAINTING),
-    "int8-qat-painting-mean-squared-error": Variant(QAT, alternative=f"{PAINTING}+mean_squared_error"),
-    "int8-qat-painting-feature-kd": Variant([*QAT, "--feature_kd_weight=0.1"], alternative=PAINTING),
-    "int8-qat-painting-task-loss": Variant([*QAT, "--task_weight=0.1"], alternative=PAINTING),
-    "int8-qat-painting-no-ema": Variant(["--max_train_steps=300"], alternative=PAINTING),
+    # training, one thing at a time
+    "int8-qat-painting": Variant(QAT, alternative="painting"),
+    "int8-qat-frozen-ranges": Variant([*QAT, "--quantizer_learning_rate=0"]),
+    "int8-qat-one-rate": Variant(QAT, alternative="one_rate"),
+    "int8-qat-cosine": Variant([*QAT, "--lr_scheduler=cosine"]),
+    "int8-qat-no-ema": Variant(["--max_train_steps=300"]),
+    "int8-qat-random-timesteps": Variant(QAT, alternative="random_timesteps"),
+    "int8-qat-mean-squared-error": Variant(QAT, alternative="mean_squared_error"),
+    "int8-qat-feature-kd": Variant([*QAT, "--feature_kd_weight=0.1"]),
+    "int8-qat-task-loss": Variant([*QAT, "--task_weight=0.1"]),
 }
 
 

@@ -156,19 +156,22 @@ def test_one_input_is_quantized_once_for_all_layers_that_read_it(monkeypatch: py
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(shared, alone))
 
 
-def test_average_follows_diffusers_ema() -> None:
+def test_average_is_the_mean_of_all_steps_by_diffusers_too() -> None:
     student = nn.Linear(7, 5)
     ours, theirs = (
-        trainer.EMAModel(student.parameters(), decay=1.0, use_ema_warmup=True, inv_gamma=5.0, power=1.0) for _ in "ab"
+        trainer.EMAModel(student.parameters(), decay=1.0, use_ema_warmup=True, inv_gamma=1.0, power=1.0) for _ in "ab"
     )
     state = trainer.Trainer(student, None, None, ours)
+    weights = []
     for _ in range(20):
         with torch.no_grad():
             student.weight.add_(torch.randn(5, 7))
+        weights.append(student.weight.detach().clone())
         state.update_ema()
         theirs.step(student.parameters())
     assert ours.cur_decay_value == theirs.cur_decay_value
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours.shadow_params, theirs.shadow_params))
+    assert torch.allclose(ours.shadow_params[0], torch.stack(weights).mean(dim=0), atol=1e-6)
 
 
 # ---------------------------------------------------------------- compiled fake quantization
@@ -611,6 +614,24 @@ def test_each_learning_rate_moves_its_own_parameters(train, tmp_path: Path) -> N
                 assert torch.equal(tensor, ptq[name]) == (kind != moving), (moving, name)
 
 
+def test_weights_move_in_proportion_to_their_size(train, tmp_path: Path, monkeypatch) -> None:
+    moving, before, make = {}, {}, trainer.make_trainer
+
+    def remember(student, *rest):
+        student.conv_in.weight.data.mul_(8)
+        for name in ("conv_in", "conv_out", "down_blocks.0.resnets.0.conv1"):
+            moving[name] = student.get_submodule(name).weight
+            before[name] = moving[name].detach().clone()
+        return make(student, *rest)
+
+    monkeypatch.setattr(trainer, "make_trainer", remember)
+    train(tmp_path, "--max_train_steps", "1", "--learning_rate", "1e-2", "--lr_scheduler", "constant")
+    for name, weight in moving.items():  # by the rate, whatever the gradient: Adam's first step
+        step, size = (weight - before[name]).abs(), before[name].abs().median().item()
+        assert step.median().item() == pytest.approx(1e-2 * size, rel=0.01), name
+    assert trainer.size_of(torch.zeros(2, 2)) == 1e-3  # zeros learn, too
+
+
 def test_frozen_ranges_stay_as_calibrated(train, tmp_path: Path) -> None:
     ptq = train(tmp_path / "ptq", "--max_train_steps", "0")
     qat = train(tmp_path / "qat", "--max_train_steps", "3", "--quantizer_learning_rate", "0", "--use_ema")
@@ -698,7 +719,7 @@ def test_new_run_in_an_old_folder_keeps_its_own_checkpoints(train, tmp_path: Pat
 
 def test_resuming_with_other_settings_is_refused(train, tmp_path: Path) -> None:
     train(tmp_path, "--max_train_steps", "2", "--checkpointing_steps", "1")
-    with pytest.raises(trainer.UsageError, match=r"learning_rate \(then 1e-06, now 0.1\)"):
+    with pytest.raises(trainer.UsageError, match=r"learning_rate \(then 1e-05, now 0.1\)"):
         train(tmp_path, "--max_train_steps", "3", "--learning_rate", "0.1", "--resume_from_checkpoint", "latest")
 
 
