@@ -67,7 +67,7 @@ def watch_ranks(script: Any) -> None:
 
 
 def test_two_processes_train_as_one_with_twice_the_accumulation(start, train, tmp_path: Path) -> None:
-    flags = ["--max_train_steps", "4", "--use_ema", "--random_flip", "--learning_rate", "1e-3", "--feature_kd_weight"]
+    flags = ["--max_train_steps", "4", "--use_ema", "--random_flip", "--learning_rate", "3e-2", "--feature_kd_weight"]
     flags += ["0.1", "--gradient_checkpointing", "--checkpointing_steps", "3", "--calibration_steps", "25"]
     output = tmp_path / "two"
     processes = pair(start, [output, output], *flags, hook=watch_ranks)
@@ -104,7 +104,7 @@ def nan_on_rank_1(script: Any) -> None:
 
 
 def test_batch_of_nan_in_one_process_is_left_out_by_both(start, tmp_path: Path) -> None:
-    output, flags = tmp_path / "two", ["--max_train_steps", "3", "--use_ema", "--learning_rate", "1e-3"]
+    output, flags = tmp_path / "two", ["--max_train_steps", "3", "--use_ema", "--learning_rate", "3e-2"]
     processes = pair(start, [output, output], *flags, hook=nan_on_rank_1)
     logs = [finish(process) for process in processes]
     assert [process.exitcode for process in processes] == [0, 0]
@@ -228,7 +228,7 @@ def torchrun_pair(output: Path, command: list[str | Path]) -> list[subprocess.Po
 
 @pytest.mark.full
 def test_torchrun_on_one_and_on_two_machines_trains_alike(train, model_dir, data_dir, tmp_path: Path) -> None:
-    flags = ["--max_train_steps", "3", "--use_ema", "--learning_rate", "1e-3"]
+    flags = ["--max_train_steps", "3", "--use_ema", "--learning_rate", "3e-2"]
     command = [*TORCHRUN, "--nproc_per_node", "2", *launched(model_dir, data_dir, tmp_path / "local", *flags)]
     assert run_command(*command).returncode == 0
     nodes = torchrun_pair(tmp_path / "nodes", launched(model_dir, data_dir, tmp_path / "nodes", *flags))

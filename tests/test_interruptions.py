@@ -31,7 +31,7 @@ def kill_and_resume(start: Callable[..., BaseProcess], folder: Path, kills: int,
     Returns how many were killed while a checkpoint was half-written, before the first one, and so on.
     """
     flags = ["--max_train_steps", str(steps), "--use_ema", "--gradient_accumulation_steps", "2", "--random_flip"]
-    flags += ["--dataloader_num_workers", "2", "--learning_rate", "1e-3", "--lr_scheduler", "cosine"]
+    flags += ["--dataloader_num_workers", "2", "--learning_rate", "3e-2", "--lr_scheduler", "cosine"]
     flags += ["--checkpointing_steps", "2", "--resume_from_checkpoint", "latest"]
     began = time.monotonic()
     finish(start(folder / "whole", *flags))

@@ -16,7 +16,7 @@ import train_text_to_image_qat as trainer
 from test_text2images import needs_kernels
 from test_train_text_to_image_qat import unet_inputs
 
-BOLD = ["--use_ema", "--learning_rate", "1e-3", "--quantizer_learning_rate", "0.1"]  # every step shows
+BOLD = ["--use_ema", "--learning_rate", "3e-2", "--quantizer_learning_rate", "0.1"]  # every step shows
 
 
 @pytest.fixture

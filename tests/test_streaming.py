@@ -183,8 +183,8 @@ def test_dataset_of_the_library_is_streamed(tmp_path: Path) -> None:
 def test_resumed_stream_ends_with_the_same_bits(train, tars: Path, tmp_path: Path) -> None:
     flags = ["--train_data_dir", str(tars), "--streaming", "--max_train_steps", "4", "--checkpointing_steps", "3"]
     flags += ["--gradient_accumulation_steps", "2", "--random_flip", "--dataloader_num_workers", "2", "--use_ema"]
-    whole = train(tmp_path / "whole", *flags, "--learning_rate", "1e-3")
-    resume = [*flags, "--learning_rate", "1e-3", "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-3")]
+    whole = train(tmp_path / "whole", *flags, "--learning_rate", "3e-2")
+    resume = [*flags, "--learning_rate", "3e-2", "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-3")]
     resumed = train(tmp_path / "resumed", *resume)
     assert whole["checksum"] == resumed["checksum"]
     assert whole["training"]["losses"] == resumed["training"]["losses"]

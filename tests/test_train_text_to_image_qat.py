@@ -498,7 +498,7 @@ def equal_states(first: dict, second: dict) -> bool:
 
 def test_resumed_run_ends_with_the_same_bits(train, tmp_path: Path) -> None:
     flags = ["--max_train_steps", "5", "--use_ema", "--gradient_accumulation_steps", "2", "--random_flip"]
-    flags += ["--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--checkpointing_steps", "2"]
+    flags += ["--learning_rate", "3e-2", "--lr_scheduler", "cosine", "--checkpointing_steps", "2"]
     whole = train(tmp_path / "whole", *flags)
     train(tmp_path / "broken", *flags)
     (tmp_path / "broken" / "quant_model.pt").unlink()
@@ -517,7 +517,7 @@ def test_run_killed_between_its_last_checkpoint_and_the_end_writes_the_same_file
 
 
 def test_cached_latents_train_the_same_model_and_are_encoded_once(train, data_dir, tmp_path: Path, monkeypatch) -> None:
-    flags = ["--max_train_steps", "4", "--center_crop", "--checkpointing_steps", "2", "--learning_rate", "1e-3"]
+    flags = ["--max_train_steps", "4", "--center_crop", "--checkpointing_steps", "2", "--learning_rate", "3e-2"]
     flags += ["--max_train_samples", "2", "--proportion_empty_prompts", "0.5", "--random_flip", "--use_ema"]
     flags += ["--train_batch_size", "1"]  # pairs are encoded one by one: the bits of another size may differ
     encoded, encode = [], trainer.encode
@@ -572,7 +572,7 @@ def test_data_workers_do_not_change_the_result(train, tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_gives_the_same_weights_and_ranges(train, tmp_path: Path) -> None:
-    flags = ["--max_train_steps", "3", "--use_ema", "--learning_rate", "1e-3", "--quantizer_learning_rate", "0.1"]
+    flags = ["--max_train_steps", "3", "--use_ema", "--learning_rate", "3e-2", "--quantizer_learning_rate", "0.1"]
     plain = train(tmp_path / "plain", *flags)
     checkpointed = train(tmp_path / "checkpointed", *flags, "--gradient_checkpointing")
     assert equal_states(plain, checkpointed)
@@ -642,7 +642,7 @@ def test_frozen_ranges_stay_as_calibrated(train, tmp_path: Path) -> None:
 def test_distillation_brings_the_student_closer_to_the_teacher(train, tmp_path: Path, monkeypatch) -> None:
     losses = []
     monkeypatch.setattr(trainer.Accelerator, "log", lambda self, values, step: losses.append(values["kd_loss"]))
-    flags = ["--keep_float", "--max_train_samples", "2", "--learning_rate", "1e-3", "--proportion_empty_prompts", "0"]
+    flags = ["--keep_float", "--max_train_samples", "2", "--learning_rate", "3e-2", "--proportion_empty_prompts", "0"]
     train(tmp_path, *flags, "--max_train_steps", "40")
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) + math.log(0.7)
 
