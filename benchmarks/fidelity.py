@@ -29,7 +29,8 @@ from output import write_json  # noqa: E402
 PTQ = ["--max_train_steps=0"]
 QAT = ["--max_train_steps=300", "--use_ema"]  # all else is by default as in the original README
 PUBLISHED = [*QAT, "--keep_float", "--task_weight=1", "--mixed_precision=no", "--quantizer_learning_rate=0"]
-PUBLISHED += ["--bias_learning_rate=1e-05", "--proportion_empty_prompts=0"]
+PUBLISHED += ["--learning_rate=1e-05", "--bias_learning_rate=1e-05", "--lr_scheduler=constant"]
+PUBLISHED += ["--proportion_empty_prompts=0"]
 FLOAT_CANDIDATES = {
     "conv_in-conv_out": ["conv_in", "conv_out"],
     "time_embedding": ["time_embedding"],
