@@ -1693,6 +1693,9 @@ def save_checkpoint(trainer: Trainer, args: argparse.Namespace) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+# Of what a checkpoint holds; add one when that changes, so that no run goes on from what it cannot read.
+CHECKPOINT_VERSION = "2"
+
 # Settings that the rest of a run depends on: with another value, a resumed run would not be the same run.
 RESUME_SETTINGS = (
     "pretrained_model_name_or_path revision variant train_data_dir dataset_name dataset_config_name streaming "
@@ -1705,7 +1708,7 @@ RESUME_SETTINGS = (
 
 def resume_settings(args: argparse.Namespace) -> dict[str, str]:
     processes = PartialState().num_processes
-    settings = {key: str(vars(args)[key]) for key in RESUME_SETTINGS}
+    settings = {"checkpoint_version": CHECKPOINT_VERSION, **{key: str(vars(args)[key]) for key in RESUME_SETTINGS}}
     settings["gradient_accumulation_steps x processes"] = str(args.gradient_accumulation_steps * processes)
     if args.streaming:  # each of them reads its own part of the stream
         settings["dataloader_num_workers x processes"] = str(max(1, args.dataloader_num_workers) * processes)
@@ -1747,6 +1750,10 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"{folder}/settings.json is damaged ({first_line(error)}): delete {folder}") from error
     now = resume_settings(args)
+    if settings.get("checkpoint_version") != CHECKPOINT_VERSION:
+        raise UsageError(
+            f"{folder} is of another version of this script: resume with that one, or start in another --output_dir"
+        )
     changed = [f"{key} (then {settings.get(key)}, now {now[key]})" for key in now if now[key] != settings.get(key)]
     if changed:
         raise UsageError(f"{folder} was written with other settings: {', '.join(changed)}; use the same, or start anew")

@@ -371,7 +371,7 @@ def test_damaged_checkpoints_are_named_before_anything_is_trained(train, tmp_pat
     damaged += [
         (settings, text, "settings.json is damaged") for text in (b"", b"{", b"[1]", b"[" * 200_000, b"\xff", b"7")
     ]
-    damaged += [(settings, b"{}", "written with other settings"), (settings, None, "settings.json is damaged")]
+    damaged += [(settings, b"{}", "is of another version of this script"), (settings, None, "settings.json is damaged")]
     for path, data, message in damaged:
         path.write_bytes(data) if data is not None else path.unlink()
         with pytest.raises(trainer.UsageError, match=message):

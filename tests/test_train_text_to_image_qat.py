@@ -723,6 +723,14 @@ def test_resuming_with_other_settings_is_refused(train, tmp_path: Path) -> None:
         train(tmp_path, "--max_train_steps", "3", "--learning_rate", "0.1", "--resume_from_checkpoint", "latest")
 
 
+def test_checkpoint_of_another_version_is_refused_as_such(train, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(trainer, "CHECKPOINT_VERSION", "1")
+    train(tmp_path, "--max_train_steps", "1", "--checkpointing_steps", "1")
+    monkeypatch.undo()
+    with pytest.raises(trainer.UsageError, match="checkpoint-1 is of another version of this script: resume with that"):
+        train(tmp_path, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+
+
 def test_damaged_checkpoint_is_named(train, tmp_path: Path) -> None:
     train(tmp_path, "--max_train_steps", "1", "--checkpointing_steps", "1")
     state = tmp_path / "checkpoint-1" / "state.pt"
