@@ -48,3 +48,22 @@ def test_end_to_end_times_processes_and_goes_on_after_an_interruption(
     assert all(0 < row["first_step_seconds"] < row["seconds"] for row in first)
     assert run_command(*command, "--variants", "int8").returncode == 0
     assert check_rows(output, ["fp32", "int8"]) == first and len(list((tmp_path / "work/pictures").glob("*.png"))) == 4
+
+
+def test_steps_finds_the_error_of_some_steps_and_of_all(model_dir: Path, quant_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "steps.json"
+    command = [sys.executable, "benchmarks/steps.py", "-m", model_dir, "-qm", quant_model, "--output", output]
+    run = run_command(*command, "--starts", "3", "--num_inference_steps", "4", "--groups", "0", "1", "3")
+    assert run.returncode == 0, run.stderr
+    every, weights, *groups = json.loads(output.read_text())["rows"]
+    assert [(row["first"], row["last"]) for row in (every, weights, *groups)] == [
+        (0, 3),
+        (0, 3),
+        (0, 0),
+        (1, 2),
+        (3, 3),
+    ]
+    assert every["percent"] == 100 and weights["weights_alone"] and 0 < weights["error"] < every["error"]
+    assert all(0 < row["error"] < every["error"] for row in groups)
+    refused = run_command(*command, "--num_inference_steps", "4", "--groups", "0", "4")
+    assert refused.returncode == 2 and "--groups must ascend" in refused.stderr

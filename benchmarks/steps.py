@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""Which step of a painting is to blame: the error of the finished latents when only some of the steps are int8.
+
+The other steps are fp32's. Errors are squared and relative to the variance of the latents, medians over the starts: one
+that lies on the border between two pictures says nothing of the others. All steps come first, then all steps with int8
+weights alone, as --high_precision_steps computes them, then the groups. Writes the list as JSON.
+
+    python benchmarks/steps.py -qm demo/output/sdv1-5-qat_kd --output benchmarks/results/steps.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import text2images as painter  # noqa: E402
+from output import write_json  # noqa: E402
+
+BATCH = 16  # pictures painted at once
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("-m", "--pretrained_model_name_or_path", default=str(ROOT / "demo/tiny-stable-diffusion"))
+    add("-qm", "--quantized_model_name_or_path", required=True, help="quant_model.pt, or the folder it is in")
+    add("--captions_file", type=Path, default=ROOT / "demo/captions.txt", help="what is painted")
+    add("--starts", type=int, default=32, help="pictures, each of another caption [%(default)s]")
+    add("--num_inference_steps", type=int, default=50, help="steps that a picture takes [%(default)s]")
+    add("--guidance_scale", type=float, default=3.0, help="[%(default)s]")
+    groups = [0, 1, 2, 5, 10, 20, 30, 40, 45, 48, 49]
+    add("--groups", type=int, nargs="+", default=groups, help="first step of each group, from 0 [%(default)s]")
+    add("--output", type=Path, required=True, help="the JSON to write")
+    args = parser.parse_args(argv)
+    if args.groups != sorted(set(args.groups)) or not 0 <= args.groups[0] <= args.groups[-1] < args.num_inference_steps:
+        parser.error("--groups must ascend from 0 or more to less than --num_inference_steps")
+    return args
+
+
+def painter_settings(args: argparse.Namespace, *int8: str) -> argparse.Namespace:
+    flags = ["-m", args.pretrained_model_name_or_path, "--captions_file", str(args.captions_file), "--dtype=float32"]
+    flags += ["--num_inference_steps", str(args.num_inference_steps), "--guidance_scale", str(args.guidance_scale)]
+    settings = painter.parse_args([*flags, *int8])
+    settings.captions = settings.captions[: args.starts]
+    return settings
+
+
+@torch.no_grad()
+def finished_latents(
+    pipeline: painter.StableDiffusionPipeline,
+    unets: list[torch.nn.Module],
+    int8_steps: range,
+    settings: argparse.Namespace,
+) -> torch.Tensor:
+    """[starts, 4, H/8, W/8]; `unets`: fp32's, and the int8 one, which computes the `int8_steps`."""
+
+    def switch(pipeline: painter.StableDiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        pipeline.unet = unets[step + 1 in int8_steps]
+        return tensors
+
+    edge = unets[0].config.sample_size * pipeline.vae_scale_factor
+    finished = []
+    for first in range(0, len(settings.captions), BATCH):
+        captions = settings.captions[first : first + BATCH]
+        jobs = [painter.Job(caption, 0, settings.seed) for caption in captions]
+        pipeline.unet = unets[0 in int8_steps]
+        painted = pipeline(
+            captions,
+            height=edge,
+            width=edge,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            latents=painter.initial_latents(pipeline, jobs, edge, edge),
+            output_type="latent",
+            callback_on_step_end=switch,
+        )
+        finished.append(painted.images)
+    return torch.cat(finished)
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    """One row for all steps, one for all of them with int8 weights alone, one for each group."""
+    settings = painter_settings(args)
+    pipeline = painter.load_pipeline(settings)
+    pipeline.set_progress_bar_config(disable=True)
+    quantized = painter_settings(args, "-qm", args.quantized_model_name_or_path, "--high_precision_steps=1")
+    unets = [pipeline.unet, painter.load_pipeline(quantized).unet]
+    precision = painter.PrecisionSwitch(unets[1], 0)
+    every, ends = range(args.num_inference_steps), [*args.groups[1:], args.num_inference_steps]
+    groups = [(range(*group), False) for group in zip(args.groups, ends)]
+    expected = finished_latents(pipeline, unets, range(0), settings)
+    rows = []
+    for steps, weights_alone in [(every, False), (every, True), *groups]:
+        precision.set(weights_alone)
+        errors = (finished_latents(pipeline, unets, steps, settings) - expected).square().flatten(1).mean(dim=1)
+        error = (errors / expected.var()).median().item()
+        rows.append({"first": steps.start, "last": steps.stop - 1, "weights_alone": weights_alone, "error": error})
+        rows[-1]["percent"] = 100 * error / rows[0]["error"]
+        what = "all, int8 weights alone" if weights_alone else f"{steps.start + 1} to {steps.stop}"
+        print(f"| {what} | {error:.2e} | {rows[-1]['percent']:.0f} |", flush=True)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    print("| int8 steps | error | % |\n|---|---|---|")
+    keys = ("starts", "num_inference_steps", "guidance_scale")
+    model = Path(args.pretrained_model_name_or_path).name
+    write_json({"model": model, **{key: getattr(args, key) for key in keys}, "rows": measure(args)}, args.output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except painter.UsageError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
