@@ -40,6 +40,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.groups != sorted(set(args.groups)) or not 0 <= args.groups[0] <= args.groups[-1] < args.num_inference_steps:
         parser.error("--groups must ascend from 0 or more to less than --num_inference_steps")
+    if args.starts < 1:
+        parser.error("--starts must be at least 1")
     return args
 
 
