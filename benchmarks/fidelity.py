@@ -40,7 +40,10 @@ FLOAT_CANDIDATES = {
     "proj": [r".*\.proj_(in|out)"],
     "ff2": [r".*\.ff\.net\.2"],
 }
-BASELINES = ("bf16", "int8-ptq", "int8-ptq-bf16", "int8-ptq-painting", "published")  # differences kept in the report
+SEEDS = (1, 2)  # of calibration and training, beside the default 0
+# differences from these are kept in the report
+BASELINES = ("bf16", "int8-ptq", "int8-ptq-bf16", "int8-ptq-painting", "published")
+BASELINES += tuple(f"int8-ptq-seed-{seed}" for seed in SEEDS)
 
 
 @dataclass
@@ -86,6 +89,8 @@ VARIANTS = {
     "int8-qat-mean-squared-error": Variant(QAT, alternative="mean_squared_error"),
     "int8-qat-feature-kd": Variant([*QAT, "--feature_kd_weight=0.1"]),
     "int8-qat-task-loss": Variant([*QAT, "--task_weight=0.1"]),
+    **{f"int8-ptq-seed-{seed}": Variant([*PTQ, f"--seed={seed}"]) for seed in SEEDS},
+    **{f"int8-qat-seed-{seed}": Variant([*QAT, f"--seed={seed}"]) for seed in SEEDS},
 }
 
 
