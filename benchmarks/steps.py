@@ -86,9 +86,8 @@ def finished_latents(
     return torch.cat(finished)
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def measure(args: argparse.Namespace, settings: argparse.Namespace) -> list[dict]:
     """One row for all steps, one for all of them with int8 weights alone, one for each group."""
-    settings = painter_settings(args)
     pipeline = painter.load_pipeline(settings)
     pipeline.set_progress_bar_config(disable=True)
     quantized = painter_settings(args, "-qm", args.quantized_model_name_or_path, "--high_precision_steps=1")
@@ -111,10 +110,12 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    settings = painter_settings(args)
+    model, starts = Path(args.pretrained_model_name_or_path).name, len(settings.captions)  # there may be fewer captions
+    report = {"model": model, "starts": starts, "num_inference_steps": args.num_inference_steps}
+    report["guidance_scale"] = args.guidance_scale
     print("| int8 steps | error | % |\n|---|---|---|")
-    keys = ("starts", "num_inference_steps", "guidance_scale")
-    model = Path(args.pretrained_model_name_or_path).name
-    write_json({"model": model, **{key: getattr(args, key) for key in keys}, "rows": measure(args)}, args.output)
+    write_json({**report, "rows": measure(args, settings)}, args.output)
 
 
 if __name__ == "__main__":
