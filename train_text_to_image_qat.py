@@ -96,6 +96,7 @@ MAX_TRIES = 20  # pictures in a row that may be unreadable
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 MAX_BAD_STEPS = 5  # stop after so many non-finite losses in a row
 COMPILE_ABOVE = 100_000_000  # parameters: smaller UNets train in the time that compiling takes
+BF16_ABOVE = 100_000_000  # likewise: smaller ones train in fp32 in minutes, and bf16's rounding hides what weights err
 STREAM_BLOCK = 256  # pairs that --streaming reads and shuffles at a time, undecoded
 # accelerate launch passes no signals on, and a launcher may be killed: its end counts as SIGTERM
 LAUNCHER = os.getppid() if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None
@@ -194,7 +195,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--use_ema", action="store_true", help="average the weights over the steps, and export the average")
     add("--seed", type=int, default=0, help="of data order, crops, noise and timesteps")
     add("--use_cpu", action="store_true", help="train on the CPU even where there is a GPU")
-    text = "by default what accelerate launch was told, else bf16 where the hardware computes in it"
+    text = "by default what accelerate launch was told, else bf16 for large UNets where the hardware computes in it"
     add("--mixed_precision", choices=["no", "bf16", "fp16"], help=text)
 
 
@@ -282,16 +283,30 @@ def use_all_cores() -> None:
 
 
 def choose_precision(args: argparse.Namespace) -> str:
-    """The flag, else what `accelerate launch --mixed_precision` said, else bf16 where the hardware computes in it."""
+    """The flag, else what `accelerate launch --mixed_precision` said, else bf16 where it is fast and time matters."""
     launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if args.mixed_precision is not None:
         return args.mixed_precision
     if launched_with != "no":
         return launched_with
     if torch.cuda.is_available() and not args.use_cpu:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bf16" if fast and unet_size(args) > BF16_ABOVE else "no"
+
+
+def unet_size(args: argparse.Namespace) -> int:
+    """Parameters of the checkpoint's UNet, counted without loading them; 0 where `load_pipeline` will find no UNet."""
+    options = {"revision": args.revision, "cache_dir": args.cache_dir}
+    try:
+        config = UNet2DConditionModel.load_config(checkpoint_name(args), subfolder="unet", **options)
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
+    except (OSError, ValueError, TypeError):
+        return 0
+    return sum(parameter.numel() for parameter in unet.parameters())
 
 
 def choose_tracker(args: argparse.Namespace) -> str | None:
@@ -317,7 +332,7 @@ def start(args: argparse.Namespace) -> Accelerator:
         if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true":
             raise UsageError(f"accelerate is set up for {engine}; this script supports plain data parallelism only")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    precision = choose_precision(args)
+    args.mixed_precision = precision = choose_precision(args)  # a resumed run must have the same
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision=precision,
@@ -361,16 +376,22 @@ class Pipeline:
     noise_scheduler: DDPMScheduler
 
 
+def checkpoint_name(args: argparse.Namespace) -> str:
+    """Folder or hub id to load; the id that Intel's example names is gone, a copy of it is there."""
+    name = args.pretrained_model_name_or_path
+    gone = name == "runwayml/stable-diffusion-v1-5" and not Path(name).is_dir()
+    return "stable-diffusion-v1-5/stable-diffusion-v1-5" if gone else name
+
+
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Pipeline:
     """Load the parts one by one (the safety checker is not needed here).
 
     Raises:
         UsageError: the folder or id holds no Stable Diffusion 1.x/2.x text-to-image model.
     """
-    name = args.pretrained_model_name_or_path
-    if name == "runwayml/stable-diffusion-v1-5" and not Path(name).is_dir():
-        name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-        logger.info(f"runwayml/stable-diffusion-v1-5 has left the hub; using its copy {name}")
+    name = checkpoint_name(args)
+    if name != args.pretrained_model_name_or_path:
+        logger.info(f"{args.pretrained_model_name_or_path} has left the hub; using its copy {name}")
     options = {"revision": args.revision, "cache_dir": args.cache_dir}
     try:
         index = DiffusionPipeline.load_config(name, **options)

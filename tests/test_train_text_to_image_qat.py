@@ -838,6 +838,42 @@ def test_model_that_is_not_there_is_named(train, tmp_path: Path) -> None:
         train(tmp_path / "out", "--pretrained_model_name_or_path", str(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "bf16_above", "told", "precision"),
+    [
+        ({"avx512_bf16": True}, 0, "no", "bf16"),
+        ({"amx_bf16": True}, 0, "no", "bf16"),
+        ({"avx512_bf16": True}, trainer.BF16_ABOVE, "no", "no"),  # a small UNet
+        ({}, 0, "no", "no"),
+        ({}, 0, "bf16", "bf16"),  # by accelerate launch
+    ],
+)
+def test_bf16_is_for_large_unets_where_the_hardware_computes_in_it(
+    capabilities: dict, bf16_above: int, told: str, precision: str, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(trainer, "BF16_ABOVE", bf16_above)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+    args = parse("--pretrained_model_name_or_path", str(model_dir), "--use_cpu")
+    assert trainer.choose_precision(args) == precision
+    args.mixed_precision = "fp16"
+    assert trainer.choose_precision(args) == "fp16"
+
+
+def test_unet_is_counted_from_its_config_alone(model_dir: Path, tmp_path: Path) -> None:
+    args = parse("--pretrained_model_name_or_path", str(model_dir))
+    unet = trainer.UNet2DConditionModel.from_pretrained(model_dir, subfolder="unet")
+    assert trainer.unet_size(args) == sum(parameter.numel() for parameter in unet.parameters())
+    args.pretrained_model_name_or_path = str(tmp_path)  # load_pipeline says what is wrong with it
+    assert trainer.unet_size(args) == 0
+
+
+def test_run_is_not_resumed_in_another_precision(train, tmp_path: Path) -> None:
+    train(tmp_path, "--max_train_steps", "1", "--checkpointing_steps", "1")
+    with pytest.raises(trainer.UsageError, match="mixed_precision .then no, now bf16."):
+        train(tmp_path, "--max_train_steps", "2", "--mixed_precision", "bf16", "--resume_from_checkpoint", "latest")
+
+
 def test_cores_are_used_where_only_the_launcher_asked_for_one_thread() -> None:
     child = "import train_text_to_image_qat as t, torch; t.use_all_cores(); print('threads', torch.get_num_threads())"
     launcher = (
