@@ -190,15 +190,9 @@ class Int8Layer(nn.Module):
         self.input_quantizer: InputQuantizer | None = None
         self.high_precision = False  # compute in float, with the int8 weights
 
-    def make_ready(
-        self, use_kernels: bool, dtype: torch.dtype, device: torch.device, keep_weights: bool = False
-    ) -> None:
-        """Pack the weight for the int8 kernel, or dequantize it for the reference path.
-
-        A packed weight cannot be read any more; `keep_weights` keeps the other one too, for high precision.
-        """
+    def make_ready(self, use_kernels: bool, dtype: torch.dtype, device: torch.device) -> None:
+        """Pack the weight for the int8 kernel, or dequantize it for the reference path."""
         self.use_kernels, self.dtype = use_kernels, dtype
-        self.stored_weight = self.weight if keep_weights else None
         factor = self.input_factor.view(-1, *[1] * (self.weight.dim() - 2)).to(device)
         self.input_quantizer = InputQuantizer(self.input_scale.item(), self.input_zero_point.item(), factor)
         if use_kernels:
@@ -210,7 +204,7 @@ class Int8Layer(nn.Module):
 
     def float_input_and_weights(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """What a float layer of the same weights takes: dequantized here, as a float copy of all would fill memory."""
-        weight = dequantize(self.stored_weight, self.weight_scale).to(x.device, self.dtype)
+        weight = dequantize(self.unpack(), self.weight_scale).to(self.dtype) if self.use_kernels else self.weight
         bias = None if self.bias is None else self.bias.to(self.dtype)
         return (x.float() / self.input_quantizer.factor).to(self.dtype), weight, bias
 
@@ -281,6 +275,9 @@ class Int8Linear(Int8Layer):
     def pack(self) -> torch.Tensor:
         return torch.ops.onednn.qlinear_prepack(self.weight, None)
 
+    def unpack(self) -> torch.Tensor:
+        return self.weight.to_dense().T
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         quantizer = self.input_quantizer
         if self.high_precision:
@@ -305,6 +302,9 @@ class Int8Conv2d(Int8Layer):
         return torch.ops.onednn.qconv_prepack(
             self.weight, self.weight_scale, quantizer.scale, quantizer.zero_point, *self.geometry, shape
         )
+
+    def unpack(self) -> torch.Tensor:
+        return self.weight.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         quantizer = self.input_quantizer
@@ -477,9 +477,7 @@ def checksum(state_dict: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def build_int8_unet(
-    payload: dict[str, Any], dtype: torch.dtype, device: torch.device, keep_weights: bool = False
-) -> UNet2DConditionModel:
+def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
     """A diffusers UNet with int8 layers, filled from the file; the full-precision UNet is never made.
 
     Raises:
@@ -516,7 +514,7 @@ def build_int8_unet(
     use_kernels = device.type == "cpu" and kernels_are_exact()
     for module in unet.modules():
         if isinstance(module, Int8Layer):
-            module.make_ready(use_kernels, dtype, device, keep_weights)
+            module.make_ready(use_kernels, dtype, device)
         else:
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.to(device, dtype), requires_grad=False))
@@ -658,7 +656,7 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
         if args.quantized_model_name_or_path is not None:
             payload = read_quant_model(args.quantized_model_name_or_path)
             check_architecture(payload, UNet2DConditionModel.load_config(name, subfolder="unet"), name)
-            parts["unet"] = build_int8_unet(payload, dtype, device, keep_weights=args.high_precision_steps > 0)
+            parts["unet"] = build_int8_unet(payload, dtype, device)
             del payload
         pipeline = StableDiffusionPipeline.from_pretrained(name, dtype=dtype, **parts)
     except (OSError, ValueError) as error:

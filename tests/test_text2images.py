@@ -31,14 +31,22 @@ from text2images import UsageError
 needs_kernels = pytest.mark.skipif(not text2images.kernels_are_exact(), reason="this CPU has no exact int8 kernels")
 
 
-def filled(layer: text2images.Int8Layer, use_kernels: bool, keep_weights: bool = False) -> text2images.Int8Layer:
-    generator = torch.Generator().manual_seed(0)
-    layer.weight = torch.randint(-127, 128, layer.weight.shape, dtype=torch.int8, generator=generator)
+STORED = {"linear": (24, 40), "conv": (24, 16, 3, 3), "strided": (24, 16, 3, 3), "grouped": (24, 8, 3, 3)}
+STORED["no bias"] = STORED["conv"]
+
+
+def random_weight(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+
+
+def filled(layer: text2images.Int8Layer, use_kernels: bool) -> text2images.Int8Layer:
+    generator = torch.Generator().manual_seed(1)
+    layer.weight = random_weight(layer.weight.shape)
     layer.weight_scale = torch.rand(len(layer.weight), generator=generator) * 0.01 + 1e-4
     layer.bias = None if layer.bias is None else torch.randn(len(layer.weight), generator=generator)
     layer.input_scale, layer.input_zero_point = torch.tensor(0.03), torch.tensor(77, dtype=torch.int32)
     layer.input_factor = torch.rand(layer.input_factor.shape, generator=generator) + 0.5
-    layer.make_ready(use_kernels, torch.float32, torch.device("cpu"), keep_weights)
+    layer.make_ready(use_kernels, torch.float32, torch.device("cpu"))
     return layer
 
 
@@ -93,18 +101,20 @@ def test_compiled_layers_compute_what_the_kernels_do() -> None:
 
 
 @pytest.mark.parametrize("use_kernels", [pytest.param(True, marks=needs_kernels), False])
-def test_high_precision_is_the_float_layer_of_the_same_weights(use_kernels: bool) -> None:
-    for fresh, x in [
-        (text2images.Int8Linear(torch.empty(24, 40), torch.empty(24)), torch.randn(5, 40)),
-        (text2images.Int8Conv2d(nn.Conv2d(16, 24, 3, 2, 1)), torch.randn(2, 16, 8, 8)),
-    ]:
-        layer = filled(fresh, use_kernels, keep_weights=True)
-        weight = layer.stored_weight * layer.weight_scale.view(-1, *[1] * (layer.stored_weight.dim() - 1))
-        weight = weight / layer.input_factor.view(1, -1, *[1] * (weight.dim() - 2))
-        plain = F.linear(x, weight, layer.bias) if x.dim() == 2 else F.conv2d(x, weight, layer.bias, 2, 1)
-        assert not torch.allclose(layer(x), plain, atol=1e-3)
-        layer.high_precision = True
-        assert torch.allclose(layer(x), plain, atol=1e-4)
+@pytest.mark.parametrize("kind", ["linear", "conv", "strided", "grouped", "no bias"])
+def test_high_precision_is_the_float_layer_of_the_same_weights(kind: str, use_kernels: bool) -> None:
+    layer = new_layers(kind)[0 if use_kernels else 1]
+    factor = layer.input_factor.view(-1, *[1] * (len(STORED[kind]) - 2))
+    weight = text2images.dequantize(random_weight(STORED[kind]), layer.weight_scale)
+    if kind == "linear":
+        x = torch.randn(5, 40)
+        plain = F.linear(x / factor, weight, layer.bias)
+    else:
+        x = torch.randn(2, 16, 8, 8)
+        plain = F.conv2d(x / factor, weight, layer.bias, *layer.geometry)
+    assert not torch.allclose(layer(x), plain, atol=1e-3)
+    layer.high_precision = True
+    assert torch.allclose(layer(x), plain, atol=1e-4)
 
 
 def test_first_and_last_steps_are_those_of_high_precision(quant_model: Path, model_dir: Path, tmp_path: Path) -> None:
