@@ -746,7 +746,10 @@ def initial_latents(pipeline: StableDiffusionPipeline, jobs: list[Job], height: 
 
 
 class PrecisionSwitch:
-    """The pipeline's step callback: in the first and last K steps the int8 layers compute in float."""
+    """The pipeline's step callback: in the first and last K steps the int8 layers compute in float.
+
+    These few run uncompiled under --compile, too: they would need a program of their own, and packed weights fit none.
+    """
 
     def __init__(self, unet: UNet2DConditionModel, steps: int) -> None:
         self.layers, self.steps = [layer for layer in unet.modules() if isinstance(layer, Int8Layer)], steps
@@ -755,9 +758,11 @@ class PrecisionSwitch:
     def set(self, high_precision: bool) -> None:
         for layer in self.layers:
             layer.high_precision = high_precision
+        torch.compiler.set_stance("force_eager" if high_precision else "default")
 
     def __call__(self, pipeline: StableDiffusionPipeline, step: int, timestep: Any, tensors: dict) -> dict:
-        self.set(step + 1 < self.steps or step + 1 >= pipeline.num_timesteps - self.steps)
+        coming = step + 1
+        self.set(coming < self.steps or pipeline.num_timesteps - self.steps <= coming < pipeline.num_timesteps)
         return tensors
 
 

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,22 @@ def test_high_precision_is_the_float_layer_of_the_same_weights(kind: str, use_ke
     assert not torch.allclose(layer(x), plain, atol=1e-3)
     layer.high_precision = True
     assert torch.allclose(layer(x), plain, atol=1e-4)
+
+
+@needs_kernels
+def test_steps_of_high_precision_run_uncompiled() -> None:
+    layer, x, programs = new_layers("conv")[0], torch.randn(2, 16, 8, 8), []
+
+    def compiler(program: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        programs.append(program)
+        return program.forward
+
+    unet = nn.Sequential(layer)
+    compiled, switch = torch.compile(unet.forward, backend=compiler), text2images.PrecisionSwitch(unet, 1)
+    for high_precision, expected in ((True, 0), (False, 1), (True, 1), (False, 1)):
+        switch.set(high_precision)
+        assert torch.allclose(compiled(x), unet(x), atol=1e-5)
+        assert layer.high_precision is high_precision and len(programs) == expected
 
 
 def test_first_and_last_steps_are_those_of_high_precision(quant_model: Path, model_dir: Path, tmp_path: Path) -> None:
