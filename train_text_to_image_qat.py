@@ -90,6 +90,9 @@ DEFAULT_KEEP_FLOAT = ["conv_in", "conv_out", "time_embedding", r".*\.conv_shortc
 DEFAULT_WEIGHT_ONLY = [r".*\.time_emb_proj", r".*\.attn2\.to_[kv]", r".*\.proj_(in|out)", r".*\.ff\.net\.2"]
 SMOOTHING = 0.8  # share of an input channel's range that its weights take over (SmoothQuant's alpha)
 WEIGHT_ONLY_SMOOTHING = 0.5  # likewise, where the input is not quantized
+# Training draws the last timesteps of a painting more often, as a power of an even draw: they err most, and no step
+# after them puts it right.
+TIMESTEP_POWER = 2
 MAX_BAD_SHARE = 0.1  # stop when more than this share of the pictures cannot be read
 MAX_TRIES = 20  # pictures in a row that may be unreadable
 # Only these decoders are tried: Pillow would hand a file that starts with "%!PS" to Ghostscript, whatever its name.
@@ -1213,7 +1216,7 @@ def calibrate(
     for number, batch in zip(numbers, progress):
         watch.note({}, batch["replaced"])
         generator = generator_for(args.seed, "calibration", number)
-        noised = noise_pictures(pipeline, batch, (0, 1), generator, accelerator)
+        noised = noise_pictures(pipeline, batch, (0, 1), 1, generator, accelerator)
         with accelerator.autocast():
             student(noised.noisy_latents, noised.timesteps, noised.encoder_hidden_states)
     if accelerator.num_processes > 1:
@@ -1334,30 +1337,35 @@ def noise_pictures(
     pipeline: Pipeline,
     batch: dict[str, torch.Tensor],
     part: tuple[int, int],
+    power: int,
     generator: torch.Generator,
     accelerator: Accelerator,
 ) -> Noised:
-    """Encode the pictures and noise them; part (i, n): the batch is the i-th of the n of an optimizer step."""
+    """Encode the pictures and noise them, by the timesteps of `sample_timesteps`.
+
+    part (i, n): the batch is the i-th of the n of an optimizer step.
+    """
     scheduler, device = pipeline.noise_scheduler, accelerator.device
     with accelerator.autocast():
         distribution, encoder_hidden_states = encode(pipeline, batch, device)
     latents = sample_latents(distribution, generator, pipeline.vae)
     noise = torch.randn(latents.shape, generator=generator).to(device)
-    timesteps = sample_timesteps(scheduler, len(latents), part, generator).to(device)
+    timesteps = sample_timesteps(scheduler, len(latents), part, power, generator).to(device)
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
     return Noised(noisy_latents, timesteps, encoder_hidden_states, latents, noise)
 
 
 def sample_timesteps(
-    scheduler: DDPMScheduler, count: int, part: tuple[int, int], generator: torch.Generator
+    scheduler: DDPMScheduler, count: int, part: tuple[int, int], power: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """One from each of as many equal parts of the schedule as an optimizer step has pictures, [count].
+    """One from each of as many equally likely parts of the schedule as an optimizer step has pictures, [count].
 
     So every step hears of early and of late timesteps, and its gradient varies less (arXiv 2107.00630, appendix I.1).
+    With power 1 all timesteps are equally likely; with 2 their density falls with the timestep's square root.
     """
     index, parts = part
     places = index * count + torch.arange(count) + torch.rand(count, generator=generator).double()
-    return (places / (parts * count) * scheduler.config.num_train_timesteps).long()
+    return ((places / (parts * count)) ** power * scheduler.config.num_train_timesteps).long()
 
 
 def sample_latents(distribution: torch.Tensor, generator: torch.Generator, vae: AutoencoderKL) -> torch.Tensor:
@@ -1615,7 +1623,8 @@ def distill(
         for number, batch in zip(numbers, loader):
             with accelerator.accumulate(model):
                 generator = generator_for(args.seed, "noise", number)
-                noised = noise_pictures(pipeline, batch, (number % per_step, per_step), generator, accelerator)
+                part = (number % per_step, per_step)
+                noised = noise_pictures(pipeline, batch, part, TIMESTEP_POWER, generator, accelerator)
                 inputs = noised.noisy_latents, noised.timesteps, noised.encoder_hidden_states
                 with torch.no_grad(), accelerator.autocast():
                     teacher_output = teacher(*inputs).sample.float()

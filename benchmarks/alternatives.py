@@ -99,7 +99,7 @@ def least_error() -> None:
 
 def random_timesteps() -> None:
     """Each picture's drawn by itself, instead of one from each part of the schedule."""
-    trainer.sample_timesteps = lambda scheduler, count, part, generator: torch.randint(
+    trainer.sample_timesteps = lambda scheduler, count, part, power, generator: torch.randint(
         scheduler.config.num_train_timesteps, (count,), generator=generator
     )
 

@@ -587,17 +587,21 @@ def test_zero_steps_is_post_training_quantization_and_training_changes_it(train,
     assert ptq["state_dict"][f"{name}.input_scale"] != qat["state_dict"][f"{name}.input_scale"]
 
 
-def test_every_step_has_timesteps_of_each_part_of_the_schedule() -> None:
+@pytest.mark.parametrize("power", [1, 2])
+def test_every_step_has_timesteps_of_each_part_of_the_schedule(power: int) -> None:
     scheduler, generator = trainer.DDPMScheduler(num_train_timesteps=1000), torch.Generator().manual_seed(0)
     for count, parts in ((4, 1), (1, 4), (5, 2), (1, 1)):
         steps = []
         for _ in range(200):
-            micro_batches = (trainer.sample_timesteps(scheduler, count, (i, parts), generator) for i in range(parts))
-            steps.append(torch.cat(list(micro_batches)))
+            micro_batches = [
+                trainer.sample_timesteps(scheduler, count, (i, parts), power, generator) for i in range(parts)
+            ]
+            steps.append(torch.cat(micro_batches))
         steps = torch.stack(steps)
-        width = 1000 // (count * parts)
-        assert torch.equal(steps // width, torch.arange(count * parts).expand(200, -1))
-        assert 0 <= steps.min() < 20 and 980 < steps.max() < 1000  # and all of each part is used
+        edges = torch.linspace(0, 1, count * parts + 1) ** power * 1000
+        assert (steps >= edges[:-1].floor()).all() and (steps <= edges[1:].ceil()).all()
+        assert steps.min() < 20 and 970 < steps.max() < 1000  # and all of each part is used
+        assert (steps < 1000 * 0.5**power).float().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_each_learning_rate_moves_its_own_parameters(train, tmp_path: Path) -> None:
