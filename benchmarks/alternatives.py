@@ -98,7 +98,7 @@ def least_error() -> None:
 
 
 def random_timesteps() -> None:
-    """Each picture's drawn by itself, instead of one from each part of the schedule."""
+    """Each picture's drawn by itself and evenly: not one from each part, and late ones not more often."""
     trainer.sample_timesteps = lambda scheduler, count, part, power, generator: torch.randint(
         scheduler.config.num_train_timesteps, (count,), generator=generator
     )
