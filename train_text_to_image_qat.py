@@ -1202,10 +1202,10 @@ def calibrate(
 ) -> None:
     """Set every activation range to the least and greatest value met in noised pictures of the data.
 
-    As in training, captions are emptied at times, and each batch has early and late timesteps; other than there, all are
-    equally likely, as the ranges must hold what comes at any. The many pictures count: the ranges of twenty that the
-    model paints itself, step by step, are too small for some others. Processes share the batches, and the widest range
-    counts for all of them.
+    As in training, captions are emptied at times, and each batch has early and late timesteps. Here all are equally
+    likely: the ranges must hold what comes at any of them. The many pictures count: the ranges of twenty that the model
+    paints itself, step by step, are too small for some others. Processes share the batches, and the widest range counts
+    for all of them.
     """
     began = time.monotonic()
     numbers = range(accelerator.process_index, args.calibration_steps, accelerator.num_processes)
