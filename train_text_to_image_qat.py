@@ -93,6 +93,9 @@ WEIGHT_ONLY_SMOOTHING = 0.5  # likewise, where the input is not quantized
 # Training draws the last timesteps of a painting more often, as a power of an even draw: they err most, and no step
 # after them puts it right.
 TIMESTEP_POWER = 2
+# The channel factors learn, at this share of the scales' rate, in this share of the steps: every change of theirs makes
+# other roundings of the weights, and biases need the rest of the steps to take off what the last ones add up to.
+FACTOR_RATE, FACTOR_STEPS = 0.3, 1 / 3
 MAX_BAD_SHARE = 0.1  # stop when more than this share of the pictures cannot be read
 MAX_TRIES = 20  # pictures in a row that may be unreadable
 # Only these decoders are tried: Pillow would hand a file that starts with "%!PS" to Ghostscript, whatever its name.
@@ -753,7 +756,7 @@ class MicroBatches(Sampler):
 #   weights      int8, symmetric, one scale per output channel: q = round(w * factor / scale), scale = absmax / 127
 #   activations  uint8, affine, one scale per tensor: q = clamp(round(x / factor / scale) + zero_point, 0, 255)
 # There is one factor per input channel: it takes from a channel's range what it gives to the weights that read it,
-# so that the product stays. Outputs are not quantized. The scales of activations are learned.
+# so that the product stays. Outputs are not quantized. The factors and the scales of activations are learned.
 
 
 def weight_scales(weight: torch.Tensor) -> torch.Tensor:
@@ -824,7 +827,7 @@ def round_activation(
 def activation_gradients(
     grad: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the inputs [n, channels] and of the logarithm of the scale, [].
+    """Gradients of the inputs [n, channels] and of the logarithms of the channels' steps, [channels].
 
     The latter is the rounding error inside of the range, the clipped value outside of it.
     """
@@ -834,7 +837,7 @@ def activation_gradients(
     quantized = (levels.clamp(0, 255) - zero_point) * step
     slope = torch.where(inside, quantized - rows, quantized)
     grad = grad.float()
-    return torch.where(inside, grad, 0.0).to(rows.dtype), (grad * slope).sum()
+    return torch.where(inside, grad, 0.0).to(rows.dtype), (grad * slope).sum(dim=0)
 
 
 def to_rows(x: torch.Tensor, channel_dim: int) -> torch.Tensor:
@@ -862,10 +865,10 @@ class FakeQuantizeWeight(torch.autograd.Function):
 
 
 class FakeQuantizeActivation(torch.autograd.Function):
-    """Round to the uint8 grid and back, with a learned scale.
+    """Round to the uint8 grid and back, with a learned scale and learned channel factors.
 
-    LSQ, arXiv 1902.08153, equations 2 and 3; the scale is learned as its logarithm, so that an optimizer step changes
-    it by a ratio. The paper divides its gradient by a constant, which Adam would take out again.
+    LSQ, arXiv 1902.08153, equations 2 and 3; both are learned as logarithms, so that an optimizer step changes them by
+    a ratio. The paper divides the scale's gradient by a constant, which Adam would take out again.
     """
 
     @staticmethod
@@ -873,21 +876,25 @@ class FakeQuantizeActivation(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         channel_dim: int,
-        factor: torch.Tensor,
+        log_factor: torch.Tensor,
         log_scale: torch.Tensor,
         zero_point: torch.Tensor,
     ) -> torch.Tensor:
         ctx.channel_dim = channel_dim
-        ctx.save_for_backward(x, factor, log_scale, zero_point)
-        grid = factor, log_scale.detach().exp(), zero_point
+        ctx.save_for_backward(x, log_factor, log_scale, zero_point)
+        grid = log_factor.detach().exp(), log_scale.detach().exp(), zero_point
         return from_rows(round_activation(to_rows(x, channel_dim), *grid, compute_dtype(x)), x, channel_dim)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, factor, log_scale, zero_point = ctx.saved_tensors
+        x, log_factor, log_scale, zero_point = ctx.saved_tensors
         rows, grad_rows = to_rows(x, ctx.channel_dim), to_rows(grad, ctx.channel_dim)
-        grad_rows, grad_scale = activation_gradients(grad_rows, rows, factor, log_scale.detach().exp(), zero_point)
-        return from_rows(grad_rows, x, ctx.channel_dim), None, None, grad_scale, None
+        grid = log_factor.detach().exp(), log_scale.detach().exp(), zero_point
+        grad_rows, grad_steps = activation_gradients(grad_rows, rows, *grid)
+        return from_rows(grad_rows, x, ctx.channel_dim), None, grad_steps, grad_steps.sum(), None
+
+
+GRIDS = ("log_scale", "log_factor")  # what an InputQuantizer learns
 
 
 class InputObserver(nn.Module):
@@ -897,10 +904,14 @@ class InputObserver(nn.Module):
         super().__init__()
         self.channel_dim = channel_dim
         self.readers = 1  # layers that take this tensor
-        self.register_buffer("factor", torch.ones(channels))
+        self.register_buffer("log_factor", torch.zeros(channels))
         # observed per channel, [channels]; every range holds 0, as padding needs it
         self.register_buffer("low", torch.zeros(channels), persistent=False)
         self.register_buffer("high", torch.zeros(channels), persistent=False)
+
+    @property
+    def factor(self) -> torch.Tensor:
+        return self.log_factor.detach().exp()
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor) -> None:
@@ -921,7 +932,8 @@ class InputQuantizer(InputObserver):
 
     def __init__(self, channels: int, channel_dim: int) -> None:
         super().__init__(channels, channel_dim)
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        del self.log_factor  # here it learns
+        self.log_factor, self.log_scale = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.waiting = 0  # readers yet to come for the latest (input, quantized input)
         self.latest: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -937,7 +949,7 @@ class InputQuantizer(InputObserver):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize for the first of the readers, and keep that for the others."""
         if self.latest is None or self.latest[0] is not x:
-            grid = self.factor, self.log_scale, self.zero_point
+            grid = self.log_factor, self.log_scale, self.zero_point
             quantized = FakeQuantizeActivation.apply(x, self.channel_dim, *grid)
             self.latest, self.waiting = (x, quantized), self.readers
         quantized, self.waiting = self.latest[1], self.waiting - 1
@@ -1237,7 +1249,7 @@ def set_ranges(student: nn.Module) -> None:
 
 @torch.no_grad()
 def smooth(unet: nn.Module) -> None:
-    """Choose the channel factors.
+    """Choose the channel factors that training starts from.
 
     A few large channels then no longer set the step size of all (SmoothQuant, arXiv 2211.10438, equation 4). There
     the factors are folded into the norm before; here the quantizer divides by them, which costs nothing either, as
@@ -1248,9 +1260,9 @@ def smooth(unet: nn.Module) -> None:
         inputs = torch.maximum(-observer.low, observer.high)
         weights = torch.stack([layer.weight.abs().transpose(0, 1).flatten(1).amax(dim=1) for layer in layers])
         share = SMOOTHING if isinstance(observer, InputQuantizer) else WEIGHT_ONLY_SMOOTHING
-        log_factor = share * inputs.log() - (1 - share) * weights.amax(dim=0).log()
-        used = torch.isfinite(log_factor)  # a channel that is always 0, or never counts, has no say
-        observer.factor.copy_(torch.where(used, log_factor - log_factor[used].mean(), 0.0).exp())
+        log_factors = share * inputs.log() - (1 - share) * weights.amax(dim=0).log()
+        used = torch.isfinite(log_factors)  # a channel that is always 0, or never counts, has no say
+        observer.log_factor.copy_(torch.where(used, log_factors - log_factors[used].mean(), 0.0))
 
 
 # ---------------------------------------------------------------- losses
@@ -1507,7 +1519,8 @@ def size_of(weight: torch.Tensor) -> float:
 def make_trainer(
     student: UNet2DConditionModel, steps: int, accelerator: Accelerator, args: argparse.Namespace
 ) -> Trainer:
-    """AdamW with a rate for each weight tensor, one for biases and norms, one for the logarithms of the scales.
+    """AdamW with a rate for each weight tensor, one for biases and norms, one each for the logarithms of scales and
+    channel factors.
 
     A weight tensor's rate is relative to its size: Adam steps by the rate, whatever the gradient, and what is a small
     step for one layer would be a random walk over several int8 levels for another.
@@ -1517,15 +1530,17 @@ def make_trainer(
     """
     peak = peak_learning_rate(args, accelerator)
     scales = [quantizer.log_scale for quantizer in input_quantizers(student)]
-    known = set(map(id, scales))
-    weights = [parameter for parameter in student.parameters() if parameter.dim() > 1]
-    biases = [parameter for parameter in student.parameters() if parameter.dim() < 2 and id(parameter) not in known]
+    factors = [quantizer.log_factor for quantizer in input_quantizers(student)]
+    others = [parameter for name, parameter in student.named_parameters() if not name.endswith(GRIDS)]
+    weights = [parameter for parameter in others if parameter.dim() > 1]
+    biases = [parameter for parameter in others if parameter.dim() < 2]
     groups: list[dict[str, Any]] = [{"params": [weight], "lr": peak * size_of(weight)} for weight in weights]
     groups.append({"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0})
     if args.quantizer_learning_rate > 0:
         groups.append({"params": scales, "lr": args.quantizer_learning_rate, "weight_decay": 0.0})
+        groups.append({"params": factors, "lr": FACTOR_RATE * args.quantizer_learning_rate, "weight_decay": 0.0})
     else:
-        for parameter in scales:
+        for parameter in scales + factors:
             parameter.requires_grad_(False)
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(
@@ -1533,9 +1548,14 @@ def make_trainer(
     )
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max(1, steps)}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
+    if args.quantizer_learning_rate > 0:
+        shared = lr_scheduler.lr_lambdas[-1]
+        lr_scheduler.lr_lambdas[-1] = lambda step: shared(step) * max(0.0, 1 - step / max(1, FACTOR_STEPS * steps))
     ema = None
-    if args.use_ema and steps > 0:  # the plain mean of all steps: constant rates walk about the optimum, and it cancels
-        ema = EMAModel(student.parameters(), decay=1.0, use_ema_warmup=True, inv_gamma=1.0, power=1.0)
+    if args.use_ema and steps > 0:
+        # the plain mean of the steps after the factors': constant rates walk about the optimum, and it cancels
+        mean = {"decay": 1.0, "use_ema_warmup": True, "inv_gamma": 1.0, "power": 1.0}
+        ema = EMAModel(student.parameters(), update_after_step=int(FACTOR_STEPS * steps), **mean)
     # fp32: weights, gradients, two moments, average; the teacher in its own precision
     copies = 4 + args.use_ema + (0.5 if accelerator.mixed_precision != "no" else 1)
     size = copies * 4e-9 * sum(parameter.numel() for parameter in student.parameters())
@@ -1850,7 +1870,8 @@ def checksum(state_dict: dict[str, torch.Tensor]) -> str:
 def save_int8(trainer: Trainer, config: Int8Config, args: argparse.Namespace) -> Path:
     """Convert the student and write quant_model.pt, a plain dict that loads without running code (see README)."""
     student = trainer.student.to("cpu", memory_format=torch.contiguous_format)
-    fp32_bytes = sum(4 * parameter.numel() for name, parameter in student.named_parameters() if "log_scale" not in name)
+    weights = [weight for name, weight in student.named_parameters() if not name.endswith(GRIDS)]
+    fp32_bytes = sum(4 * weight.numel() for weight in weights)
     if trainer.ema is not None:
         trainer.ema.to("cpu")
         trainer.ema.copy_to(student.parameters())

@@ -94,16 +94,18 @@ def test_activation_rounding_error_is_at_most_half_a_scale_within_the_range() ->
 
 
 def test_gradients_of_an_activation_follow_lsq() -> None:
-    log_scale, factor = torch.tensor(0.5).log().requires_grad_(), torch.tensor([1.0, 4.0, 1.0, 4.0])
+    factor = torch.tensor([1.0, 4.0, 1.0, 4.0])
+    log_scale, log_factor = torch.tensor(0.5).log().requires_grad_(), factor.log().requires_grad_()
     x = torch.tensor([0.6, -0.3, 1000.0, -1000.0], requires_grad=True)
     zero_point = torch.tensor(100, dtype=torch.int32)
-    quantized = trainer.FakeQuantizeActivation.apply(x * factor, -1, factor, log_scale, zero_point)
+    quantized = trainer.FakeQuantizeActivation.apply(x * factor, -1, log_factor, log_scale, zero_point)
     assert (quantized / factor).tolist() == pytest.approx([0.5, -0.5, 155 * 0.5, -100 * 0.5])
     (quantized / factor).sum().backward()
     assert x.grad.tolist() == pytest.approx([1, 1, 0, 0])  # clipped values get none
     errors = [0.5 - 0.6, -0.5 + 0.3]  # rounded minus exact, inside the range
     clipped = [(255 - 100) * 0.5, (0 - 100) * 0.5]
-    assert log_scale.grad.item() == pytest.approx(sum(errors + clipped), rel=1e-5)
+    assert log_factor.grad.tolist() == pytest.approx(errors + clipped, rel=1e-5)  # each channel has its own step
+    assert log_scale.grad.item() == pytest.approx(sum(errors + clipped), rel=1e-5)  # the scale is part of them all
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -149,7 +151,8 @@ def test_one_input_is_quantized_once_for_all_layers_that_read_it(monkeypatch: py
         sum(
             (k + 1) * layer(x).sum() for k, layer in enumerate((attention.to_q, attention.to_k, attention.to_v))
         ).backward()
-        results.append((len(calls), x.grad, attention.to_q.observer.log_scale.grad, attention.to_k.weight.grad))
+        grid = attention.to_q.observer
+        results.append((len(calls), x.grad, grid.log_scale.grad, grid.log_factor.grad, attention.to_k.weight.grad))
         assert attention.to_q.observer.latest is None  # nothing is kept in memory
     (once, *shared), (thrice, *alone) = results
     assert (once, thrice) == (1, 3)
@@ -186,7 +189,7 @@ class OnCpu:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_fake_quantization_has_the_bits_of_the_written_one() -> None:
-    """But for the gradients of scales, sums of which the compiler chooses the order."""
+    """But for the gradients of steps, sums of which the compiler chooses the order."""
     generator = torch.Generator().manual_seed(0)
     for rows, channels in ((96, 40), (1, 33), (64, 64)):
         weight, x, grad = (torch.randn(rows, channels, generator=generator) for _ in range(3))
@@ -197,10 +200,10 @@ def test_compiled_fake_quantization_has_the_bits_of_the_written_one() -> None:
         grid = (factor, torch.tensor(0.01), torch.tensor(100, dtype=torch.int32))  # clips about two in three
         arguments = (x, *grid, torch.bfloat16)
         assert torch.equal(trainer.round_activation.compiled(*arguments), trainer.round_activation.written(*arguments))
-        compiled, scale = trainer.activation_gradients.compiled(grad, x, *grid)
-        expected, expected_scale = trainer.activation_gradients.written(grad, x, *grid)
+        compiled, steps = trainer.activation_gradients.compiled(grad, x, *grid)
+        expected, expected_steps = trainer.activation_gradients.written(grad, x, *grid)
         assert torch.equal(compiled, expected) and 0 < expected.count_nonzero() < expected.numel()
-        assert torch.allclose(scale, expected_scale, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(steps, expected_steps, rtol=1e-4, atol=1e-4)
 
 
 def test_fake_quantization_runs_uncompiled_where_it_does_not_pay_or_cannot_be_compiled(
@@ -321,7 +324,7 @@ def test_convert_stores_int8_weights_and_half_precision_for_layers_kept_in_float
     assert tensors == {"weight", "weight_scale", "input_factor", "bias"} and state["conv_in.weight"].dim() == 4
     assert state["conv_in.weight"].dtype == torch.float16
     assert state["down_blocks.0.resnets.0.norm1.weight"].dtype == torch.float32
-    assert not any("log_scale" in name or name.endswith(".factor") for name in state)
+    assert not any(name.endswith(trainer.GRIDS) for name in state)
 
 
 def test_a_weight_too_large_for_fp16_stays_fp32() -> None:
@@ -612,8 +615,9 @@ def test_each_learning_rate_moves_its_own_parameters(train, tmp_path: Path) -> N
         qat = train(tmp_path / moving.strip("-"), "--max_train_steps", "2", *flags)["state_dict"]
         for name, tensor in qat.items():
             vector = name.endswith(("bias", "norm1.weight", "norm_out.weight"))
-            scale, weight = name.endswith("conv1.input_scale"), name.endswith(("conv_in.weight", "conv1.weight"))
-            kind = rates[2] if scale else rates[1] if vector else rates[0] if weight else None
+            grid = name.endswith(("conv1.input_scale", "conv1.input_factor"))
+            weight = name.endswith("conv_in.weight")  # the levels of int8 weights follow the factors, too
+            kind = rates[2] if grid else rates[1] if vector else rates[0] if weight else None
             if kind is not None:
                 assert torch.equal(tensor, ptq[name]) == (kind != moving), (moving, name)
 
@@ -639,8 +643,29 @@ def test_weights_move_in_proportion_to_their_size(train, tmp_path: Path, monkeyp
 def test_frozen_ranges_stay_as_calibrated(train, tmp_path: Path) -> None:
     ptq = train(tmp_path / "ptq", "--max_train_steps", "0")
     qat = train(tmp_path / "qat", "--max_train_steps", "3", "--quantizer_learning_rate", "0", "--use_ema")
-    grids = [name for name in ptq["state_dict"] if name.endswith("input_scale")]
+    grids = [name for name in ptq["state_dict"] if name.endswith(("input_scale", "input_factor"))]
     assert grids and all(torch.equal(ptq["state_dict"][name], qat["state_dict"][name]) for name in grids)
+
+
+def test_factors_learn_in_the_first_third_and_the_average_begins_there(train, tmp_path: Path, monkeypatch) -> None:
+    weights, factors, averages = [], [], []
+    update = trainer.Trainer.update_ema
+
+    def spy(state: trainer.Trainer) -> None:
+        update(state)
+        conv = state.student.get_submodule("mid_block.resnets.0.conv1")
+        index = next(i for i, parameter in enumerate(state.student.parameters()) if parameter is conv.weight)
+        weights.append(conv.weight.detach().clone())
+        factors.append(conv.observer.factor)
+        averages.append(state.ema.shadow_params[index].clone())
+
+    monkeypatch.setattr(trainer.Trainer, "update_ema", spy)
+    saved = train(tmp_path, "--max_train_steps", "9", "--use_ema", "--learning_rate", "1e-2")["state_dict"]
+    same = [torch.equal(before, after) for before, after in zip(factors, factors[1:])]
+    assert same == [False] * 2 + [True] * 6
+    assert torch.equal(saved["mid_block.resnets.0.conv1.input_factor"], factors[-1])
+    assert torch.equal(averages[2], weights[2])
+    assert torch.allclose(averages[-1], torch.stack(weights[3:]).mean(dim=0), atol=1e-6)
 
 
 def test_distillation_brings_the_student_closer_to_the_teacher(train, tmp_path: Path, monkeypatch) -> None:
