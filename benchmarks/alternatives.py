@@ -98,10 +98,20 @@ def least_error() -> None:
 
 
 def random_timesteps() -> None:
-    """Each picture's drawn by itself and evenly: not one from each part, and late ones not more often."""
-    trainer.sample_timesteps = lambda scheduler, count, part, power, generator: torch.randint(
-        scheduler.config.num_train_timesteps, (count,), generator=generator
-    )
+    """Each picture's drawn by itself, not one from each part of the schedule."""
+    trainer.sample_timesteps = lambda scheduler, count, part, power, generator: (
+        torch.rand(count, generator=generator).double() ** power * scheduler.config.num_train_timesteps
+    ).long()
+
+
+def even_timesteps() -> None:
+    """Late ones are not drawn more often."""
+    trainer.TIMESTEP_POWER = 1
+
+
+def fixed_factors() -> None:
+    """Channel factors stay as calibrated."""
+    trainer.FACTOR_RATE = 0
 
 
 def one_rate() -> None:
@@ -191,6 +201,8 @@ ALTERNATIVES: dict[str, Callable[[], None]] = {
     "painting": painting,
     "least_error": least_error,
     "random_timesteps": random_timesteps,
+    "even_timesteps": even_timesteps,
+    "fixed_factors": fixed_factors,
     "one_rate": one_rate,
     "mean_squared_error": mean_squared_error,
     "published": published,

@@ -69,7 +69,7 @@ VARIANTS = {
     "int8-qat-300-steps": Variant(SHORT),
     "int8-qat-1000-steps": Variant(["--max_train_steps=1000", "--use_ema"]),
     # the published recipe: quantized outputs, moving ranges, every layer; and its quantizers without training
-    "published": Variant(PUBLISHED, alternative="random_timesteps+one_rate+published"),
+    "published": Variant(PUBLISHED, alternative="random_timesteps+even_timesteps+one_rate+published"),
     "published-ptq": Variant([*PUBLISHED, *PTQ], alternative="painting+published"),
     # calibration, one thing at a time
     "int8-ptq-all-min-max": Variant([*PTQ, "--keep_float"], alternative="painting+without_smoothing"),
@@ -88,6 +88,8 @@ VARIANTS = {
     "int8-qat-cosine": Variant([*QAT, "--lr_scheduler=cosine"]),
     "int8-qat-no-ema": Variant(["--max_train_steps=600"]),
     "int8-qat-random-timesteps": Variant(QAT, alternative="random_timesteps"),
+    "int8-qat-even-timesteps": Variant(QAT, alternative="even_timesteps"),
+    "int8-qat-fixed-factors": Variant(QAT, alternative="fixed_factors"),
     "int8-qat-mean-squared-error": Variant(QAT, alternative="mean_squared_error"),
     "int8-qat-feature-kd": Variant([*QAT, "--feature_kd_weight=0.1"]),
     "int8-qat-task-loss": Variant([*QAT, "--task_weight=0.1"]),
