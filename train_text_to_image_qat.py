@@ -273,12 +273,13 @@ class TrainingError(Exception):
 def use_all_cores() -> None:
     """Undo the OMP_NUM_THREADS=1 that `accelerate launch` and torchrun set on their own account.
 
-    The launcher's environment, unlike ours, still shows whether the user had set the variable.
+    The launcher's environment, unlike ours, still shows whether the user had set the variable. Without a launcher it
+    was the user, and a shell's environment would not show it: that is what the shell was started with.
     """
-    if os.environ.get("OMP_NUM_THREADS") != "1":
+    if LAUNCHER is None or os.environ.get("OMP_NUM_THREADS") != "1":
         return
     try:
-        if "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ():
+        if "OMP_NUM_THREADS" in psutil.Process(LAUNCHER).environ():
             return
     except (psutil.Error, OSError):
         return

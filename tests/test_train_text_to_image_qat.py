@@ -906,7 +906,8 @@ def test_run_is_not_resumed_in_another_precision(train, tmp_path: Path) -> None:
 def test_cores_are_used_where_only_the_launcher_asked_for_one_thread() -> None:
     child = "import train_text_to_image_qat as t, torch; t.use_all_cores(); print('threads', torch.get_num_threads())"
     launcher = (
-        "import os, subprocess, sys; environment = {**os.environ, 'OMP_NUM_THREADS': '1'};"
+        "import os, subprocess, sys;"
+        "environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_MIXED_PRECISION': 'no'};"
         f"print(subprocess.check_output([sys.executable, '-c', {child!r}], env=environment, text=True))"
     )
     # the user's own choice is kept; what only the launcher set is not
@@ -916,3 +917,7 @@ def test_cores_are_used_where_only_the_launcher_asked_for_one_thread() -> None:
     ):
         result = run_command("env", *environment, sys.executable, "-c", launcher)
         assert f"threads {threads}" in result.stdout
+    # a shell that exports it after it was started: its environment does not show it
+    exported = f'export OMP_NUM_THREADS=1; "{sys.executable}" -c "{child}"; true'
+    result = run_command("env", "-u", "OMP_NUM_THREADS", "-u", "ACCELERATE_MIXED_PRECISION", "bash", "-c", exported)
+    assert "threads 1" in result.stdout
