@@ -102,6 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_inference_steps", type=int, default=50, help="denoising steps")
     text = "the first and last so many steps compute in float, with the int8 weights: slower, and closer to fp32"
     add("--high_precision_steps", type=int, default=0, metavar="K", help=text)
+    text = "in int8, compute with the caption as without it plus what it changes: a little slower, and closer to fp32"
+    add("--paired_guidance", action="store_true", help=text)
     add(
         "--guidance_scale", type=float, default=7.5, help="how closely to follow the caption; at most 1 switches it off"
     )
@@ -133,6 +135,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--high_precision_steps must not be negative")
     if args.high_precision_steps and args.quantized_model_name_or_path is None:
         parser.error("--high_precision_steps is for int8: give -qm too, or leave it out")
+    if args.paired_guidance and (args.quantized_model_name_or_path is None or args.guidance_scale <= 1):
+        parser.error(
+            "--paired_guidance is for int8 with guidance: give -qm and a --guidance_scale above 1, or leave it out"
+        )
     if not 0 <= args.seed < 2**63 - args.images_num:
         parser.error("--seed must be a non-negative 64-bit number")
     return args
@@ -152,14 +158,34 @@ class InputQuantizer:
         self.scale, self.zero_point, self.factor = scale, zero_point, factor
         self.steps = scale * factor  # of each channel; [C] or [C, 1, 1], to broadcast over the input
         self.seen: Any = lambda: None  # weak reference to the latest input
-        self.levels = torch.empty(0)
+        self.latest: tuple[torch.Tensor, ...] = ()
+        self.paired = False  # the batch's second half is the first with captions: quantize what they change
 
-    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(levels,), or where `paired` (levels of the first half, levels of the changes, scales of the changes)."""
         if torch.compiler.is_compiling():  # the compiler sees for itself what is computed twice
-            return self.to_levels(x)
+            return self.quantize_anew(x)
         if self.seen() is not x:
-            self.levels, self.seen = self.to_levels(x), weakref.ref(x)
-        return self.levels
+            self.latest, self.seen = self.quantize_anew(x), weakref.ref(x)
+        return self.latest
+
+    def quantize_anew(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not self.paired:
+            return (self.to_levels(x),)
+        first, second = x.chunk(2)
+        changes, scales = self.changes(first, second)
+        return self.to_levels(first), changes.to(torch.int8).view(torch.uint8).bitwise_xor_(128), scales
+
+    def changes(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the captions change, in steps of -127..127, and these steps: one for each sample, [B, 1, ...].
+
+        The change's range is not known before, as the input's is: it depends on the caption and falls with the noise.
+        """
+        changes = (second - first).float().div_(self.factor)
+        rows = (changes.movedim(1, -1) if changes.dim() == 4 else changes).flatten(1)  # the order of memory
+        scales = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).div_(127).clamp_(min=1e-30)  # 0: nothing changes
+        scales = scales.to(first.dtype).view(-1, *[1] * (changes.dim() - 1))
+        return changes.div_(scales).round_(), scales
 
     def to_levels(self, x: torch.Tensor) -> torch.Tensor:
         levels = x.to(torch.float32, copy=True).div_(self.steps).round_()
@@ -167,8 +193,14 @@ class InputQuantizer:
         return levels.to(torch.int8).view(torch.uint8).bitwise_xor_(128)  # 7 times as fast as .to(torch.uint8)
 
     def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
-        levels = torch.clamp(torch.round(x.float() / self.steps) + self.zero_point, 0, 255)
-        return ((levels - self.zero_point) * self.scale).to(x.dtype)
+        """What the levels of `x` are worth, divided by the factors."""
+        first, second = x.chunk(2) if self.paired else (x, None)
+        levels = torch.clamp(torch.round(first.float() / self.steps) + self.zero_point, 0, 255)
+        values = (levels - self.zero_point) * self.scale
+        if second is not None:
+            changes, scales = self.changes(first, second)
+            values = torch.cat([values, values + changes * scales])
+        return values.to(x.dtype)
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
@@ -202,6 +234,21 @@ class Int8Layer(nn.Module):
         else:
             self.weight = dequantize(self.weight, self.weight_scale).to(device, dtype)
             self.bias = None if self.bias is None else self.bias.to(device, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        quantizer = self.input_quantizer
+        if self.high_precision:
+            return self.compute_float(*self.float_input_and_weights(x))
+        if not self.use_kernels:
+            return self.compute_float(quantizer.fake_quantize(x), self.weight, self.bias)
+        levels, *changes = quantizer.quantize(x)
+        output = self.compute_int8(levels, quantizer.scale, quantizer.zero_point, self.bias)
+        if changes:
+            levels, scales = changes
+            output = torch.cat([output, output])
+            # a kernel has one scale for all samples
+            output.chunk(2)[1].addcmul_(self.compute_int8(levels, 1.0, 128, None), scales)
+        return output
 
     def float_input_and_weights(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """What a float layer of the same weights takes: dequantized here, as a float copy of all would fill memory."""
@@ -279,17 +326,14 @@ class Int8Linear(Int8Layer):
     def unpack(self) -> torch.Tensor:
         return self.weight.to_dense().T
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        quantizer = self.input_quantizer
-        if self.high_precision:
-            return F.linear(*self.float_input_and_weights(x))
-        if not self.use_kernels:
-            return F.linear(quantizer.fake_quantize(x), self.weight, self.bias)
+    def compute_float(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
+
+    def compute_int8(
+        self, levels: torch.Tensor, scale: float, zero_point: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         kernel = int8_linear if torch.compiler.is_compiling() else qlinear
-        return kernel(
-            quantizer.quantize(x), quantizer.scale, quantizer.zero_point, self.weight, self.weight_scale,
-            self.zero_points, self.bias, self.dtype,
-        )  # fmt: skip
+        return kernel(levels, scale, zero_point, self.weight, self.weight_scale, self.zero_points, bias, self.dtype)
 
 
 class Int8Conv2d(Int8Layer):
@@ -307,16 +351,16 @@ class Int8Conv2d(Int8Layer):
     def unpack(self) -> torch.Tensor:
         return self.weight.to_dense()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        quantizer = self.input_quantizer
-        if self.high_precision:
-            return F.conv2d(*self.float_input_and_weights(x), *self.geometry)
-        if not self.use_kernels:
-            return F.conv2d(quantizer.fake_quantize(x), self.weight, self.bias, *self.geometry)
-        levels = quantizer.quantize(x.contiguous(memory_format=torch.channels_last))
+    def compute_float(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.conv2d(x, weight, bias, *self.geometry)
+
+    def compute_int8(
+        self, levels: torch.Tensor, scale: float, zero_point: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         kernel = int8_conv2d if torch.compiler.is_compiling() else qconv2d
+        levels = levels.contiguous(memory_format=torch.channels_last)
         return kernel(
-            levels, quantizer.scale, quantizer.zero_point, self.weight, self.weight_scale, self.zero_points, self.bias,
+            levels, scale, zero_point, self.weight, self.weight_scale, self.zero_points, bias,
             *self.geometry, self.dtype,
         )  # fmt: skip
 
@@ -643,6 +687,17 @@ def share_input_quantizers(unet: UNet2DConditionModel) -> None:
                 layer.input_quantizer = first
 
 
+def pair_guidance(unet: UNet2DConditionModel) -> None:
+    """With guidance, the batch's second half is its first half with captions: quantize what they change by itself.
+
+    Guidance multiplies the difference of the two, and all that quantizing each anew would add to it. A change is small,
+    and so are its steps; every layer is linear, and works for half the batch on it instead of on the whole input.
+    """
+    for layer in unet.modules():
+        if isinstance(layer, Int8Layer):
+            layer.input_quantizer.paired = True
+
+
 # ---------------------------------------------------------------- the pipeline
 
 
@@ -685,6 +740,8 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     if args.quantized_model_name_or_path is None:
         pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
+    if args.paired_guidance:
+        pair_guidance(pipeline.unet)
     if args.compile:
         compile_unet(pipeline.unet)
     pipeline.unet.register_forward_pre_hook(to_unet_dtype, with_kwargs=True)
@@ -902,6 +959,7 @@ def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> di
         "negative_prompt": args.negative_prompt,
         "scheduler": type(pipeline.scheduler).__name__,
         "high_precision_steps": args.high_precision_steps,
+        "paired_guidance": args.paired_guidance,
         "model": args.pretrained_model_name_or_path,
         "quant_model": str(file) if file else None,
         "precision": "int8" if file else around,

@@ -89,8 +89,10 @@ def test_reference_path_follows_the_convention_of_the_file() -> None:
 
 @needs_kernels
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_layers_compute_what_the_kernels_do() -> None:
+@pytest.mark.parametrize("paired", [False, True])
+def test_compiled_layers_compute_what_the_kernels_do(paired: bool) -> None:
     conv, linear = new_layers("strided")[0], filled(text2images.Int8Linear(torch.empty(12, 24), None), True)
+    conv.input_quantizer.paired = linear.input_quantizer.paired = paired
     x = torch.randn(2, 16, 12, 10)
 
     def layers(x: torch.Tensor) -> torch.Tensor:
@@ -149,10 +151,80 @@ def test_first_and_last_steps_are_those_of_high_precision(quant_model: Path, mod
 def test_one_input_is_quantized_once_for_all_its_readers() -> None:
     quantizer = text2images.InputQuantizer(0.1, 3, torch.tensor([1.0, 2.0, 3.0, 4.0]))
     x = torch.randn(4, 4)
-    first = quantizer.quantize(x)
-    assert quantizer.quantize(x) is first
-    assert quantizer.quantize(x + 1) is not first
+    (first,) = quantizer.quantize(x)
+    assert quantizer.quantize(x)[0] is first
+    assert quantizer.quantize(x + 1)[0] is not first
     assert first.tolist() == (torch.round(x / (0.1 * torch.arange(1, 5))) + 3).clamp(0, 255).tolist()
+
+
+def pair_of_inputs(kind: str, batch: int, change: float) -> torch.Tensor:
+    """A batch without captions, and the same with: changed a little, each sample by as much as its number says."""
+    generator = torch.Generator().manual_seed(batch)
+    shape = (batch, 9, 40) if kind == "linear" else (batch, 16, 8, 10)
+    first, changes = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    return torch.cat([first, first + change * changes * torch.arange(1, batch + 1).view(-1, *[1] * (len(shape) - 1))])
+
+
+@pytest.mark.parametrize("use_kernels", [pytest.param(True, marks=needs_kernels), False])
+@pytest.mark.parametrize("kind", ["linear", "conv", "strided", "grouped", "no bias"])
+def test_paired_guidance_quantizes_what_captions_change(kind: str, use_kernels: bool) -> None:
+    layer, x = new_layers(kind)[0 if use_kernels else 1], pair_of_inputs(kind, batch=3, change=0.05)
+    plain = layer(x)
+    layer.high_precision = True
+    exact = layer(x)
+    layer.high_precision, layer.input_quantizer.paired = False, True
+    layer.input_quantizer.seen = lambda: None  # levels of the same input, quantized in the other way
+    paired = layer(x)
+
+    def error_of_changes(output: torch.Tensor) -> float:
+        (ours, theirs), (without, with_captions) = output.chunk(2), exact.chunk(2)
+        return ((theirs - ours) - (with_captions - without)).square().mean().sqrt().item()
+
+    assert torch.equal(paired.chunk(2)[0], plain.chunk(2)[0])
+    assert error_of_changes(paired) < 0.1 * error_of_changes(plain)
+    for sample in range(3):  # alone it is the same: what else is in the batch does not count
+        pair = [sample, sample + 3]
+        assert torch.allclose(layer(x[pair]), paired[pair], atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["linear", "conv", "strided", "grouped", "no bias"])
+def test_paired_kernels_compute_what_the_reference_path_does(kind: str) -> None:
+    layers, x = new_layers(kind), pair_of_inputs(kind, batch=2, change=0.3)
+    for layer in layers:
+        layer.input_quantizer.paired = True
+    expected = layers[1](x)
+    assert torch.allclose(layers[0](x), expected, atol=1e-4 * expected.abs().max().item())
+    same = torch.cat([x.chunk(2)[0]] * 2)  # nothing changes: no division by 0
+    first, second = layers[0](same).chunk(2)
+    assert torch.equal(first, second)
+
+
+def test_paired_guidance_brings_guided_predictions_closer(quant_model: Path, model_dir: Path) -> None:
+    flags = [*map(str, ["-m", model_dir, "-qm", quant_model, "-c", "a red bird", "--dtype", "float32"])]
+    pipelines = [
+        text2images.load_pipeline(text2images.parse_args(flags + more)) for more in ([], ["--paired_guidance"])
+    ]
+    args = text2images.parse_args([*flags, "--high_precision_steps", "99", "--num_inference_steps", "4"])
+    seen: list[torch.Tensor] = []
+    guided = []
+    for pipeline, steps in ((pipelines[0], 99), (pipelines[0], 0), (pipelines[1], 0)):
+        args.high_precision_steps = steps
+        hook = pipeline.unet.register_forward_hook(lambda *call: seen.append(call[-1][0]))
+        text2images.paint(pipeline, [text2images.Job("a red bird", 0, 1), text2images.Job("rain", 0, 2)], args)
+        hook.remove()
+        without, with_captions = seen[0].chunk(2)  # later steps start from other latents
+        guided.append(without + 7.5 * (with_captions - without))
+        seen.clear()
+    exact, plain, paired = guided
+    assert (paired - exact).square().mean() < 0.5 * (plain - exact).square().mean()
+
+
+@pytest.mark.parametrize("flags", [[], ["-qm", "q.pt", "--guidance_scale", "1"]])
+def test_paired_guidance_without_int8_or_guidance_is_refused(flags: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        text2images.parse_args(["-m", "x", "-c", "y", "--paired_guidance", *flags])
+    assert stopped.value.code == 2 and "give -qm and a --guidance_scale above 1" in capsys.readouterr().err
 
 
 def test_layers_share_a_quantizer_only_where_their_grids_are_equal() -> None:
