@@ -102,8 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_inference_steps", type=int, default=50, help="denoising steps")
     text = "the first and last so many steps compute in float, with the int8 weights: slower, and closer to fp32"
     add("--high_precision_steps", type=int, default=0, metavar="K", help=text)
-    text = "in int8, compute with the caption as without it plus what it changes: a little slower, and closer to fp32"
-    add("--paired_guidance", action="store_true", help=text)
+    text = "quantize inputs with captions by themselves, not what captions change: a little faster, farther from fp32"
+    add("--no_paired_guidance", action="store_true", help=text)
     add(
         "--guidance_scale", type=float, default=7.5, help="how closely to follow the caption; at most 1 switches it off"
     )
@@ -135,10 +135,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--high_precision_steps must not be negative")
     if args.high_precision_steps and args.quantized_model_name_or_path is None:
         parser.error("--high_precision_steps is for int8: give -qm too, or leave it out")
-    if args.paired_guidance and (args.quantized_model_name_or_path is None or args.guidance_scale <= 1):
-        parser.error(
-            "--paired_guidance is for int8 with guidance: give -qm and a --guidance_scale above 1, or leave it out"
-        )
+    if args.no_paired_guidance and args.quantized_model_name_or_path is None:
+        parser.error("--no_paired_guidance is for int8: give -qm too, or leave it out")
     if not 0 <= args.seed < 2**63 - args.images_num:
         parser.error("--seed must be a non-negative 64-bit number")
     return args
@@ -687,11 +685,16 @@ def share_input_quantizers(unet: UNet2DConditionModel) -> None:
                 layer.input_quantizer = first
 
 
-def pair_guidance(unet: UNet2DConditionModel) -> None:
-    """With guidance, the batch's second half is its first half with captions: quantize what they change by itself.
+def pairs_guidance(args: argparse.Namespace) -> bool:
+    return bool(args.quantized_model_name_or_path) and args.guidance_scale > 1 and not args.no_paired_guidance
 
-    Guidance multiplies the difference of the two, and all that quantizing each anew would add to it. A change is small,
-    and so are its steps; every layer is linear, and works for half the batch on it instead of on the whole input.
+
+def pair_guidance(unet: UNet2DConditionModel) -> None:
+    """With guidance, the batch's second half is its first half with captions: quantize only what they change there.
+
+    Guidance multiplies the difference of the two outputs, and with it the roundings in which the two inputs differ. A
+    change is smaller than an input, and so are its steps; as every layer is linear, what it makes of the change is the
+    difference of its outputs. (Ditto, arXiv 2501.11211, computes what changes from timestep to timestep.)
     """
     for layer in unet.modules():
         if isinstance(layer, Int8Layer):
@@ -740,7 +743,7 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     if args.quantized_model_name_or_path is None:
         pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
-    if args.paired_guidance:
+    if pairs_guidance(args):
         pair_guidance(pipeline.unet)
     if args.compile:
         compile_unet(pipeline.unet)
@@ -959,7 +962,7 @@ def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> di
         "negative_prompt": args.negative_prompt,
         "scheduler": type(pipeline.scheduler).__name__,
         "high_precision_steps": args.high_precision_steps,
-        "paired_guidance": args.paired_guidance,
+        "paired_guidance": pairs_guidance(args),
         "model": args.pretrained_model_name_or_path,
         "quant_model": str(file) if file else None,
         "precision": "int8" if file else around,

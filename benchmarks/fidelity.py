@@ -43,7 +43,7 @@ FLOAT_CANDIDATES = {
 }
 SEEDS = (1, 2)  # of calibration and training, beside the default 0
 # differences from these are kept in the report
-BASELINES = ("bf16", "int8-ptq", "int8-ptq-bf16", "int8-ptq-paired", "int8-ptq-painting", "published")
+BASELINES = ("bf16", "int8-ptq", "int8-ptq-bf16", "int8-ptq-unpaired", "int8-ptq-painting", "published")
 BASELINES += tuple(f"int8-ptq-seed-{seed}" for seed in SEEDS)
 
 
@@ -64,9 +64,8 @@ VARIANTS = {
     "int8-qat": Variant(QAT),
     "int8-ptq-bf16": Variant(PTQ, ["--dtype", "bfloat16"]),
     "int8-qat-bf16": Variant(QAT, ["--dtype", "bfloat16"]),
-    "int8-ptq-paired": Variant(PTQ, ["--dtype", "float32", "--paired_guidance"]),
-    "int8-qat-paired": Variant(QAT, ["--dtype", "float32", "--paired_guidance"]),
-    "int8-qat-paired-bf16": Variant(QAT, ["--dtype", "bfloat16", "--paired_guidance"]),
+    "int8-ptq-unpaired": Variant(PTQ, ["--dtype", "float32", "--no_paired_guidance"]),
+    "int8-qat-unpaired": Variant(QAT, ["--dtype", "float32", "--no_paired_guidance"]),
     "int8-qat-high-precision-2": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "2"]),
     "int8-qat-high-precision-5": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "5"]),
     "int8-qat-300-steps": Variant(SHORT),

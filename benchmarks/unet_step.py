@@ -137,11 +137,13 @@ def diffusers_step(args: argparse.Namespace, dtype: torch.dtype) -> Step:
     return lambda: unet(*inputs, return_dict=False)
 
 
-def our_step(args: argparse.Namespace, compiled: bool) -> Step:
+def our_step(args: argparse.Namespace, compiled: bool, paired: bool = True) -> Step:
     payload = text2images.read_quant_model(write_ours(args))
     around = argparse.Namespace(dtype="auto", quantized_model_name_or_path=Path("given"))
     dtype = text2images.choose_dtype(around)
     unet = text2images.build_int8_unet(payload, dtype, torch.device("cpu"))
+    if paired:
+        text2images.pair_guidance(unet)
     if compiled:
         text2images.compile_unet(unet)
     inputs = example(args, unet.config, dtype)
@@ -189,6 +191,8 @@ VARIANTS: dict[str, Callable[[argparse.Namespace], Step]] = {
     "diffusers bf16": lambda args: diffusers_step(args, torch.bfloat16),
     "int8": lambda args: our_step(args, compiled=False),
     "int8 --compile": lambda args: our_step(args, compiled=True),
+    "int8 --no_paired_guidance": lambda args: our_step(args, compiled=False, paired=False),
+    "int8 --compile --no_paired_guidance": lambda args: our_step(args, compiled=True, paired=False),
     "original recipe": original_step,
     "openvino bf16": lambda args: openvino_step(args, int8=False),
     "openvino int8": lambda args: openvino_step(args, int8=True),

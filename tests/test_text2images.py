@@ -203,7 +203,7 @@ def test_paired_kernels_compute_what_the_reference_path_does(kind: str) -> None:
 def test_paired_guidance_brings_guided_predictions_closer(quant_model: Path, model_dir: Path) -> None:
     flags = [*map(str, ["-m", model_dir, "-qm", quant_model, "-c", "a red bird", "--dtype", "float32"])]
     pipelines = [
-        text2images.load_pipeline(text2images.parse_args(flags + more)) for more in ([], ["--paired_guidance"])
+        text2images.load_pipeline(text2images.parse_args(flags + more)) for more in (["--no_paired_guidance"], [])
     ]
     args = text2images.parse_args([*flags, "--high_precision_steps", "99", "--num_inference_steps", "4"])
     seen: list[torch.Tensor] = []
@@ -220,11 +220,19 @@ def test_paired_guidance_brings_guided_predictions_closer(quant_model: Path, mod
     assert (paired - exact).square().mean() < 0.5 * (plain - exact).square().mean()
 
 
-@pytest.mark.parametrize("flags", [[], ["-qm", "q.pt", "--guidance_scale", "1"]])
-def test_paired_guidance_without_int8_or_guidance_is_refused(flags: list[str], capsys) -> None:
+@pytest.mark.parametrize(
+    ("flags", "paired"),
+    [(["-qm", "q.pt"], True), (["-qm", "q.pt", "--guidance_scale", "1"], False), ([], False)]
+    + [(["-qm", "q.pt", "--no_paired_guidance"], False)],
+)
+def test_guidance_is_paired_in_int8_where_there_is_guidance(flags: list[str], paired: bool) -> None:
+    assert text2images.pairs_guidance(text2images.parse_args(["-m", "x", "-c", "y", *flags])) is paired
+
+
+def test_no_paired_guidance_without_int8_is_refused(capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
-        text2images.parse_args(["-m", "x", "-c", "y", "--paired_guidance", *flags])
-    assert stopped.value.code == 2 and "give -qm and a --guidance_scale above 1" in capsys.readouterr().err
+        text2images.parse_args(["-m", "x", "-c", "y", "--no_paired_guidance"])
+    assert stopped.value.code == 2 and "give -qm too" in capsys.readouterr().err
 
 
 def test_layers_share_a_quantizer_only_where_their_grids_are_equal() -> None:
