@@ -147,6 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # The convention of quant_model.pt: a weight is worth q * weight_scale[out], q int8; an input is worth
 # (q - zero_point) * input_scale, q = clamp(round(x / input_factor[in] / input_scale) + zero_point, 0, 255), uint8.
 # The weights hold the input factors. A layer with int8 weights but no input_scale computes in float, without factors.
+# Of an input with a caption, only what differs from the one without is quantized, in steps of its own: pair_guidance.
 
 
 class InputQuantizer:
