@@ -25,7 +25,7 @@ def test_unet_step_measures_and_profiles_every_variant(model_dir: Path, tmp_path
     names, output = ["diffusers fp32", "diffusers bf16", "int8", "original recipe"], tmp_path / "step.json"
     command = [sys.executable, "benchmarks/unet_step.py", "--model", model_dir / "unet", "--rounds", "2"]
     command += ["--work_dir", tmp_path / "work", "--output", output, "--profile"]
-    run = run_command(*command, "--shape", "3x8", "--variants", *names)
+    run = run_command(*command, "--shape", "4x8", "--variants", *names)
     assert run.returncode == 0
     check_rows(output, names)
     profile = json.loads(output.read_text())["profiles"]["int8"]
@@ -34,7 +34,9 @@ def test_unet_step_measures_and_profiles_every_variant(model_dir: Path, tmp_path
     assert all(line["operator"] in run.stdout and line["calls"] > 0 for line in profile)
     assert run_command(*command, "--shape", "2x8", "--variants", "diffusers fp32").returncode == 0
     rows = json.loads(output.read_text())["rows"]  # another shape leaves the rows of this one where they are
-    assert [row["batch"] for row in rows] == [3, 3, 3, 3, 2]
+    assert [row["batch"] for row in rows] == [4, 4, 4, 4, 2]
+    odd = run_command(*command, "--shape", "3x8", "--variants", "int8")
+    assert odd.returncode == 2 and "give an even batch" in odd.stderr
 
 
 def test_end_to_end_times_processes_and_goes_on_after_an_interruption(
