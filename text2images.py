@@ -133,10 +133,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} {edge} must be a multiple of 8: {max(8, edge // 8 * 8)} would do")
     if args.high_precision_steps < 0:
         parser.error("--high_precision_steps must not be negative")
-    if args.high_precision_steps and args.quantized_model_name_or_path is None:
-        parser.error("--high_precision_steps is for int8: give -qm too, or leave it out")
-    if args.no_paired_guidance and args.quantized_model_name_or_path is None:
-        parser.error("--no_paired_guidance is for int8: give -qm too, or leave it out")
+    for name in ("high_precision_steps", "no_paired_guidance"):
+        if getattr(args, name) and args.quantized_model_name_or_path is None:
+            parser.error(f"--{name} is for int8: give -qm too, or leave it out")
     if not 0 <= args.seed < 2**63 - args.images_num:
         parser.error("--seed must be a non-negative 64-bit number")
     return args
