@@ -172,33 +172,53 @@ class InputQuantizer:
             return (self.to_levels(x),)
         first, second = x.chunk(2)
         changes, scales = self.changes(first, second)
-        return self.to_levels(first), changes.to(torch.int8).view(torch.uint8).bitwise_xor_(128), scales
+        return self.to_levels(first), to_uint8(changes, scales * self.factor, 128, out=changes), scales
+
+    def to_levels(self, x: torch.Tensor) -> torch.Tensor:
+        values = x.float()
+        return to_uint8(values, self.steps, self.zero_point, out=None if values is x else values)
 
     def changes(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the captions change, in steps of -127..127, and these steps: one for each sample, [B, 1, ...].
+        """What the captions change, and the size of the steps in which to quantize it: one per sample, [B, 1, ...].
 
         The change's range is not known before, as the input's is: it depends on the caption and falls with the noise.
         """
-        changes = (second - first).float().div_(self.factor)
-        rows = (changes.movedim(1, -1) if changes.dim() == 4 else changes).flatten(1)  # the order of memory
-        scales = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).div_(127).clamp_(min=1e-30)  # 0: nothing changes
-        scales = scales.to(first.dtype).view(-1, *[1] * (changes.dim() - 1))
-        return changes.div_(scales).round_(), scales
-
-    def to_levels(self, x: torch.Tensor) -> torch.Tensor:
-        levels = x.to(torch.float32, copy=True).div_(self.steps).round_()
-        levels = levels.add_(self.zero_point - 128).clamp_(-128, 127)
-        return levels.to(torch.int8).view(torch.uint8).bitwise_xor_(128)  # 7 times as fast as .to(torch.uint8)
+        changes = (second - first).float()
+        rows = changes if self.factor.dim() == 1 else changes.movedim(1, -1)  # channels last
+        rows = rows.reshape(len(rows), -1, rows.shape[-1])
+        largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)) / self.factor.flatten()  # [B, C]
+        scales = largest.amax(dim=1).div_(127).clamp_(min=1e-30)  # 0: nothing changes
+        return changes, scales.to(first.dtype).view(-1, *[1] * (changes.dim() - 1))
 
     def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
         """What the levels of `x` are worth, divided by the factors."""
         first, second = x.chunk(2) if self.paired else (x, None)
-        levels = torch.clamp(torch.round(first.float() / self.steps) + self.zero_point, 0, 255)
-        values = (levels - self.zero_point) * self.scale
+        values = (quantized(first.float(), self.steps, self.zero_point) - self.zero_point) * self.scale
         if second is not None:
             changes, scales = self.changes(first, second)
-            values = torch.cat([values, values + changes * scales])
+            values = torch.cat([values, values + (quantized(changes, scales * self.factor, 128) - 128) * scales])
         return values.to(x.dtype)
+
+
+def quantized(values: torch.Tensor, steps: torch.Tensor, zero_point: int) -> torch.Tensor:
+    """Levels 0..255 of fp32 values, in fp32."""
+    return torch.clamp(torch.round(values / steps) + zero_point, 0, 255)
+
+
+ROUNDING = torch.tensor(1.5 * 2**23)  # added to an fp32 number, it leaves no bits for a fraction
+
+
+def to_uint8(values: torch.Tensor, steps: torch.Tensor, zero_point: int, out: torch.Tensor | None) -> torch.Tensor:
+    """The same in uint8, in four passes over memory rather than seven; overwrites `out`, which may be `values`.
+
+    The sum with ROUNDING is rounded, half to even as by torch.round, and its lowest bits are the integer, of which the
+    conversion keeps eight.
+    """
+    if torch.compiler.is_compiling():  # which makes one pass of them all
+        return (quantized(values, steps, zero_point) - 128).to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+    sums = torch.addcdiv(ROUNDING, values, steps, out=out)
+    sums = sums.clamp_(ROUNDING.item() - zero_point, ROUNDING.item() + 255 - zero_point)
+    return sums.view(torch.int32).to(torch.uint8).add_(zero_point)
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:

@@ -148,6 +148,20 @@ def test_first_and_last_steps_are_those_of_high_precision(quant_model: Path, mod
     assert seen == 2 * [True, True, False, False, True, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero_point", [0, 77, 128, 255])
+def test_fast_rounding_is_rounding(zero_point: int, dtype: torch.dtype) -> None:
+    ends = [-1e30, -5e6, -1e3, 1e3, 5e6, 1e30, 0.0, -0.0]
+    x = torch.cat([torch.arange(-260, 260, 0.25), torch.randn(2000) * 50, torch.tensor(ends)]).to(dtype)
+    x = x.view(2, 4, -1, 1).to(memory_format=torch.channels_last)  # a quarter of it lies half-way between two levels
+    before = x.clone()
+    quantizer = text2images.InputQuantizer(1.0, zero_point, torch.tensor([1.0, 2.0, 0.5, 0.3]).view(-1, 1, 1))
+    levels = quantizer.to_levels(x)
+    expected = torch.clamp(torch.round(x.float() / quantizer.steps) + zero_point, 0, 255)
+    assert levels.dtype == torch.uint8 and torch.equal(levels.float(), expected)
+    assert levels.is_contiguous(memory_format=torch.channels_last) and torch.equal(x, before)
+
+
 def test_one_input_is_quantized_once_for_all_its_readers() -> None:
     quantizer = text2images.InputQuantizer(0.1, 3, torch.tensor([1.0, 2.0, 3.0, 4.0]))
     x = torch.randn(4, 4)
