@@ -234,6 +234,25 @@ def test_paired_guidance_brings_guided_predictions_closer(quant_model: Path, mod
     assert (paired - exact).square().mean() < 0.5 * (plain - exact).square().mean()
 
 
+@needs_kernels
+def test_rows_without_places_can_be_paired() -> None:
+    layers = new_layers("linear")  # as the time embedding's, [B, C]
+    for layer in layers:
+        layer.input_quantizer.paired = True
+    x = torch.randn(6, 40)
+    assert torch.allclose(layers[0](x), layers[1](x), atol=1e-4)
+
+
+def test_attention_reads_unpaired_inputs(quant_model: Path, model_dir: Path) -> None:
+    unet = text2images.load_pipeline(
+        text2images.parse_args(["-m", str(model_dir), "-qm", str(quant_model), "-c", "x"])
+    ).unet
+    layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, text2images.Int8Layer)}
+    unpaired = {name for name, layer in layers.items() if not layer.input_quantizer.paired}
+    assert unpaired and unpaired < set(layers)
+    assert unpaired == {name for name in layers if name.endswith(("to_q", "to_k", "to_v"))}
+
+
 @pytest.mark.parametrize(
     ("flags", "paired"),
     [(["-qm", "q.pt"], True), (["-qm", "q.pt", "--guidance_scale", "1"], False), ([], False)]
