@@ -14,6 +14,7 @@ Next: leave out -qm, paint the same captions in fp32, and look at both.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import inspect
 import json
@@ -994,8 +995,20 @@ def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> di
     }
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep freed tensors for the next ones, whatever their size; other allocators have no such call.
+
+    It gives those above 32 MiB back to the system, and the next one's every page is then a page fault, and cleared: a
+    tenth of the time of a step at 512 pixels.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

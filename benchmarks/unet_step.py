@@ -348,6 +348,7 @@ def print_tables(rows: list[dict[str, Any]], profiles: dict[str, list[dict[str, 
 def main() -> None:
     args = parse_args()
     logging.basicConfig(level=logging.WARNING)
+    text2images.keep_freed_memory()  # for all variants, though diffusers by itself does not
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if args.alone is not None:
         return run_alone(args.alone, args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 
 import text2images
 import train_text_to_image_qat as trainer
-from conftest import SIZE, run_command
+from conftest import ROOT, SIZE, run_command
 from test_train_text_to_image_qat import calibrated_unet, unet_inputs
 from text2images import UsageError
 
@@ -628,6 +629,17 @@ def test_file_names_are_safe_for_any_caption(caption: str) -> None:
 def test_caption_of_the_original_is_its_own_file_name() -> None:
     caption = "The Milky Way lies in the sky, with the golden snow mountain lies below, high definition"
     assert text2images.safe_name(caption) == caption
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep no count of this kind")
+def test_memory_of_large_tensors_is_kept_for_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)  # the trainer's: hardly any pages, whatever is done
+    faults = "resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
+    use = "torch.ones(1 << 24)"  # 64 MiB: 16384 pages
+    steps = ["import resource, torch, text2images", "text2images.keep_freed_memory()", *[use] * 4]
+    program = "; ".join([*steps, f"before = {faults}", use, f"print({faults} - before)"])
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    assert int(done.stdout) < 1000
 
 
 # ---------------------------------------------------------------- what is refused
