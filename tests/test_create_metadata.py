@@ -652,6 +652,7 @@ def test_benchmark_runs_every_command_on_its_pairs(tmp_path):
     flags = ["--pairs", "40", "--large_pairs", "20", "--rounds", "1", "--scratch", str(tmp_path)]
     subprocess.run([sys.executable, script, *flags, "--output", output], check=True)
     rows = json.loads(output.read_text())["rows"]
-    assert [row["pairs"] for row in rows] == [40, 40, 20, 20] and list(tmp_path.iterdir()) == [output]
-    assert [row["ratio"] == 1 for row in rows] == [True, False, True, False]
+    counts = [40, 40, 20, 20] if len(os.sched_getaffinity(0)) > 1 else [40, 40, 20]  # workers: 1, and cores
+    assert [row["pairs"] for row in rows] == counts and list(tmp_path.iterdir()) == [output]
+    assert [row["ratio"] == 1 for row in rows] == [True, False, True, False][: len(counts)]
     assert all(0 < row["cpu_seconds"] for row in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -910,11 +911,9 @@ def test_cores_are_used_where_only_the_launcher_asked_for_one_thread() -> None:
         "environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_MIXED_PRECISION': 'no'};"
         f"print(subprocess.check_output([sys.executable, '-c', {child!r}], env=environment, text=True))"
     )
+    cores = min(trainer.psutil.cpu_count(logical=False), len(os.sched_getaffinity(0)))
     # the user's own choice is kept; what only the launcher set is not
-    for environment, threads in (
-        (["OMP_NUM_THREADS=1"], 1),
-        (["-u", "OMP_NUM_THREADS"], trainer.psutil.cpu_count(logical=False)),
-    ):
+    for environment, threads in ((["OMP_NUM_THREADS=1"], 1), (["-u", "OMP_NUM_THREADS"], cores)):
         result = run_command("env", *environment, sys.executable, "-c", launcher)
         assert f"threads {threads}" in result.stdout
     # a shell that exports it after it was started: its environment does not show it
