@@ -216,9 +216,9 @@ def to_uint8(values: torch.Tensor, steps: torch.Tensor, zero_point: int, out: to
     conversion keeps eight.
     """
     if torch.compiler.is_compiling():  # which makes one pass of them all
-        return (quantized(values, steps, zero_point) - 128).to(torch.int8).view(torch.uint8).bitwise_xor_(128)
-    sums = torch.addcdiv(ROUNDING, values, steps, out=out)
-    sums = sums.clamp_(ROUNDING.item() - zero_point, ROUNDING.item() + 255 - zero_point)
+        return quantized(values, steps, zero_point).to(torch.uint8)
+    lowest = ROUNDING.item() - zero_point
+    sums = torch.addcdiv(ROUNDING, values, steps, out=out).clamp_(lowest, lowest + 255)
     return sums.view(torch.int32).to(torch.uint8).add_(zero_point)
 
 
@@ -718,10 +718,8 @@ def pair_guidance(unet: UNet2DConditionModel) -> None:
     difference of its outputs. (Ditto, arXiv 2501.11211, computes what changes from timestep to timestep.) Not so the
     layers that make attention's queries, keys and values: paired as well, they are worth 0.1 dB in latents.
     """
-    attentions = [block for block in unet.modules() if hasattr(block, "to_q")]
-    readers = {layer for block in attentions for layer in (block.to_q, block.to_k, block.to_v)}
-    for layer in unet.modules():
-        if isinstance(layer, Int8Layer) and layer not in readers:
+    for name, layer in unet.named_modules():
+        if isinstance(layer, Int8Layer) and not name.endswith(("to_q", "to_k", "to_v")):
             layer.input_quantizer.paired = True
 
 
