@@ -23,6 +23,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +42,7 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 KINDS = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {".txt": "txt", ".json": "json", ".tar": "tar"}
 MAX_CAPTION_BYTES = 1 << 20  # a .txt that is larger is no caption
+MAX_MESSAGE = 1000  # characters of an error; of a longer one, the middle is left out
 PAIRS_PER_TASK = 16
 MIN_EDGE, MAX_ASPECT = 16, 8  # pixels, and long edge / short edge; images beyond them are kept, and remarked on
 
@@ -102,15 +104,18 @@ class Tally:
 # ----------------------------------------------------------------------------------------------- arguments
 
 
+class UsageError(Exception):
+    """What the user gave cannot work; the message is one line that names it and the remedy. Exit code 2."""
+
+
 def fail(message: str) -> NoReturn:
-    """End the run with one line that names the file or flag and the remedy."""
-    sys.stderr.write(f"create_metadata.py: error: {message}\n")
-    raise SystemExit(2)
+    raise UsageError(message)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail  # one line, without argparse's usage text before it
+    parser.add_argument("--debug", action="store_true", help="show the traceback with an error")
     add = parser.add_argument_group("what is read").add_argument
     add("-p", "--image_path", type=os.path.expanduser, required=True, metavar="FOLDER", help="images and captions")
     add("--caption_from_json", action="store_true", help='where .txt is missing, use "caption" of the .json')
@@ -299,8 +304,11 @@ def in_order(check: Callable[[Pair], Verdict], pairs: list[Pair], num_workers: i
     executor = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=start_worker)
     try:
         yield from executor.map(check, pairs, chunksize=PAIRS_PER_TASK)
-    except BrokenProcessPool:
-        fail("a decoding process died, probably for want of memory: use a smaller --num_workers, or --no_verify")
+    except (BrokenProcessPool, OSError) as error:  # OSError: the system starts no more processes
+        raise UsageError(
+            f"--num_workers {num_workers}: a decoding process died or did not start, probably for want of memory: "
+            "use a smaller number, or --no_verify"
+        ) from error
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -447,20 +455,35 @@ def report(path: Path, num_rows: int, args: argparse.Namespace, left_out: Tally,
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def run(argv: list[str] | None) -> None:
     args = parse_args(argv)
     left_out, remarks = Tally(), Tally()
     try:
         pairs = find_pairs(args, left_out, remarks)  # image and caption files, by stem
         rows = check_pairs(pairs, args, left_out, remarks)  # captions read, images decoded
         path = write_metadata(rows, args)  # metadata.jsonl
+    except OSError as error:
+        raise UsageError(
+            f"{error}: check the disk, its free space and the rights of --image_path {args.image_path!r}"
+        ) from error
+    report(path, len(rows), args, left_out, remarks)
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        run(argv)
     except KeyboardInterrupt:
         logger.error("interrupted: nothing written")
         raise SystemExit(130) from None
-    except OSError as error:
-        fail(f"{error}: check the free space and the rights of --image_path {args.image_path!r}")
-    report(path, len(rows), args, left_out, remarks)
+    except UsageError as error:
+        if "--debug" in (sys.argv if argv is None else argv):  # args do not exist if the error is one of theirs
+            traceback.print_exc()
+        message = " ".join(str(error).splitlines())  # argparse quotes arguments as they came
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
+        sys.stderr.write(f"create_metadata.py: error: {message}\n")
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

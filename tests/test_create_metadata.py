@@ -459,11 +459,21 @@ def test_closing_report(tmp_path, caplog):
     assert lines[-1].startswith("next: ") and lines[-1].endswith(f"--train_data_dir {tmp_path}")
 
 
-def test_a_worker_that_dies_ends_the_run(capsys):
-    with pytest.raises(SystemExit) as end:
+def test_a_worker_that_dies_ends_the_run():
+    with pytest.raises(cm.UsageError, match="--num_workers 2: .* died"):
         list(cm.in_order(os._exit, [1] * 100, num_workers=2))
-    assert end.value.code == 2
-    assert "--num_workers" in capsys.readouterr().err
+
+
+def start_no_process(*_):
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+def test_workers_that_cannot_start_end_the_run(tmp_path, capsys, monkeypatch):
+    for key in range(40):
+        put_pair(tmp_path, f"{key}.jpg")
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess._Popen", start_no_process)
+    message = error_line(capsys, "-p", str(tmp_path), "--num_workers", "2")
+    assert "--num_workers 2" in message and "did not start" in message
 
 
 # ------------------------------------------------------------------------------------ one metadata file, whole
@@ -570,6 +580,26 @@ def test_wrong_arguments(tmp_path, capsys, monkeypatch):
     assert "--format" in error_line(capsys, "-p", str(tmp_path), "--format", "xml")
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert "writable" in error_line(capsys, "-p", str(tmp_path))
+
+
+def test_every_error_is_one_line_of_bounded_length(tmp_path, capsys):
+    assert "--a b" in error_line(capsys, "-p", str(tmp_path), "--a\nb")
+    assert len(error_line(capsys, "-p", "x/" * 3000)) < 1100
+
+
+@pytest.mark.parametrize(
+    ("flags", "where"), [(["-p", "gone"], "in parse_args"), (["--num_workers", "x"], "in parse_args"), ([], "in run")]
+)
+def test_debug_shows_the_traceback_before_the_line(tmp_path, capsys, monkeypatch, flags, where):
+    monkeypatch.chdir(tmp_path)
+    flags = ["-p", str(tmp_path), *flags]
+    error_line(capsys, *flags)
+    with pytest.raises(SystemExit) as end:
+        cm.main([*flags, "--debug"])
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert (end.value.code, out, lines[0]) == (2, "", "Traceback (most recent call last):") and where in err
+    assert lines[-1].startswith("create_metadata.py: error: ")
 
 
 def test_no_pair_writes_nothing(tmp_path, capsys):
