@@ -1,7 +1,7 @@
 """Pair every image of a folder with its caption and write FOLDER/metadata.jsonl for training.
 
 Reads   FOLDER and its sub-folders, as img2dataset's `files` output: 00000/000000001.jpg (or .png, .webp, ...)
-        beside 00000/000000001.txt, which holds the caption.
+        beside 00000/000000001.txt, which holds the caption (or .caption; or .json, with --caption_from_json).
 Writes  FOLDER/metadata.jsonl, one {"file_name": "00000/000000001.jpg", "text": "caption"} a line, sorted by
         file_name, and FOLDER/.create_metadata.sha256, by which a later run knows its own file from yours.
 
@@ -40,8 +40,15 @@ STAMP_NAME = ".create_metadata.sha256"  # "<sha256>  metadata.jsonl": `sha256sum
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 # Only these decoders are tried: Pillow would hand a file that starts with "%!PS" to Ghostscript, whatever its name.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
-KINDS = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {".txt": "txt", ".json": "json", ".tar": "tar"}
+# Of two captions of one stem, likewise.
+KINDS = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {
+    ".txt": "caption",
+    ".caption": "caption",
+    ".json": "json",
+    ".tar": "tar",
+}
 MAX_CAPTION_BYTES = 1 << 20  # a .txt that is larger is no caption
+CAPTION_KEYS = {"caption", "text"}  # of a .json
 MAX_MESSAGE = 1000  # characters of an error; of a longer one, the middle is left out
 PAIRS_PER_TASK = 16
 MIN_EDGE, MAX_ASPECT = 16, 8  # pixels, and long edge / short edge; images beyond them are kept, and remarked on
@@ -53,7 +60,9 @@ SECOND_IMAGE = "second image of one stem"
 SECOND_CAPTION = "second caption file of one stem"
 EMPTY_CAPTION = "empty caption (--keep_empty keeps it)"
 NOT_TEXT = "caption that is not text (NUL bytes, or over 1 MiB)"
-BAD_JSON = ".json without a caption"
+BAD_JSON = ".json that is no JSON"
+NO_KEY = 'empty caption: .json without "caption" or "text" (--keep_empty keeps the pair)'
+ODD_JSON = ".json whose caption is no text: "  # and its type
 UNREADABLE = "file or folder that cannot be read (permission, disk error)"
 ZERO_BYTES = "image of zero bytes"
 NOT_AN_IMAGE = "not an image, whatever its extension says"
@@ -66,19 +75,43 @@ BAD_NAME = "name with a backslash or with bytes that are not UTF-8 (rename it)"
 HIDDEN = "hidden image or folder (its name starts with a dot)"
 # What is said about something that is not left out.
 LATIN1 = "caption was not UTF-8 and has been read as Latin-1"
+DOT_CAPTION = "caption read from NAME.caption, as there is no NAME.txt"
+SEVERAL_LINES = {
+    "first": "caption of several lines: the first is used (--multiline join or random)",
+    "join": "caption of several lines: joined into one (--multiline first or random)",
+    "random": "caption of several lines: all are written, and training draws one (--multiline first or join)",
+}
+SEVERAL_CAPTIONS = "several captions in a .json: all are written, and training draws one"
+ONE_IN_CSV = "several captions in a .json: the first is used, as a csv holds one (--format jsonl holds all)"
 FRAMES = "image of several frames, of which training sees the first"
 ODD_SHAPE = f"image under {MIN_EDGE} pixels, or over {MAX_ASPECT} times as long as wide: of little use to training"
 NESTED = "metadata file in a sub-folder: `datasets` would add its rows to these, move it away"
 
 
+Text = str | list[str]  # of several captions of one image, training draws one
+
+
 class Pair(NamedTuple):
     image: str  # both relative to the folder, with forward slashes
-    caption: str  # .txt or .json
+    caption: str  # .txt, .caption or .json
+
+
+class Row(NamedTuple):
+    file_name: str
+    text: Text
 
 
 class Verdict(NamedTuple):
-    text: str | None  # None: the pair is left out, and the one remark is the reason
+    text: Text | None  # None: the pair is left out, and the one remark is the reason
     remarks: list[str]
+
+
+class LeftOut(Exception):
+    """The pair cannot be used; the message is the reason."""
+
+
+class Digits(str):
+    """A number of a .json as it stands there: 1984 stays the text "1984"."""
 
 
 class Tally:
@@ -118,7 +151,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--debug", action="store_true", help="show the traceback with an error")
     add = parser.add_argument_group("what is read").add_argument
     add("-p", "--image_path", type=os.path.expanduser, required=True, metavar="FOLDER", help="images and captions")
-    add("--caption_from_json", action="store_true", help='where .txt is missing, use "caption" of the .json')
+    text = 'where .txt and .caption are missing, use "caption" or else "text" of the .json; of a list, all are kept'
+    add("--caption_from_json", action="store_true", help=text)
+    text = (
+        "of a caption of several lines: the first, all joined by spaces (default), or a list that training draws from"
+    )
+    add("--multiline", choices=tuple(SEVERAL_LINES), default="join", help=text)
     add("--keep_empty", action="store_true", help='keep pairs with an empty caption, as "text": ""')
     add("--max_samples", type=int, metavar="N", help="stop after N pairs (in the order of the file names)")
     add = parser.add_argument_group("verification").add_argument
@@ -137,6 +175,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--image_path {folder!r} is not readable and writable: metadata goes there, change its rights")
     if args.max_samples is not None and args.max_samples < 1:
         parser.error(f"--max_samples {args.max_samples} must be at least 1: leave it away for all pairs")
+    if args.multiline == "random" and args.format == "csv":
+        parser.error(
+            "--multiline random writes lists, which a csv cannot hold: use --format jsonl, or --multiline first"
+        )
     if args.num_workers < 1:
         parser.error(f"--num_workers {args.num_workers} must be at least 1: leave it away for every core")
     foreign = [name for name in METADATA_NAMES if os.path.lexists(f"{folder}/{name}") and not ours(Path(folder, name))]
@@ -168,7 +210,7 @@ def ours(metadata: Path) -> bool:
 def find_pairs(args: argparse.Namespace, left_out: Tally, remarks: Tally) -> list[Pair]:
     """Every image with its caption file, sorted by file name; nothing is opened yet."""
     files, spoilt = find_files(args, left_out, remarks)
-    images, txts, jsons = files["image"], files["txt"], files["json"]
+    images, captions, jsons = files["image"], files["caption"], files["json"]
     extensions = list(KINDS)
 
     def choose(names: list[str], reason: str) -> str:
@@ -181,14 +223,14 @@ def find_pairs(args: argparse.Namespace, left_out: Tally, remarks: Tally) -> lis
     pairs: list[Pair] = []
     for stem, names in images.items():
         image = choose(names, SECOND_IMAGE)
-        captions = txts.pop(stem, None) or jsons.get(stem)
-        caption = choose(captions, SECOND_CAPTION) if captions else ""
+        told = captions.pop(stem, None) or jsons.get(stem)
+        caption = choose(told, SECOND_CAPTION) if told else ""
         reason = spoilt.get(image) or name_problem(image) or (spoilt.get(caption) if caption else NO_CAPTION)
         if reason:
             left_out.add(reason, image)
         else:
             pairs.append(Pair(image, caption))
-    for names in txts.values():
+    for names in captions.values():
         for name in names:
             left_out.add(NO_IMAGE, name)
     if not pairs:
@@ -269,19 +311,19 @@ def refuse_nothing(folder: str, left_out: Tally, num_tars: int = 0) -> NoReturn:
 # ----------------------------------------------------------------------------------- captions and decoding
 
 
-def check_pairs(pairs: list[Pair], args: argparse.Namespace, left_out: Tally, remarks: Tally) -> list[tuple[str, str]]:
-    """(file_name, text) of every pair that can be used, in the order of `pairs`."""
+def check_pairs(pairs: list[Pair], args: argparse.Namespace, left_out: Tally, remarks: Tally) -> list[Row]:
+    """Those pairs that can be used, in their order."""
     from tqdm import tqdm
 
-    rows: list[tuple[str, str]] = []
-    check = functools.partial(check_pair, args.image_path, not args.no_verify, args.keep_empty)
+    rows: list[Row] = []
+    check = functools.partial(check_pair, args)
     verdicts = in_order(check, pairs, 1 if args.no_verify else args.num_workers)
     with closing(verdicts), tqdm(desc="checking", total=len(pairs), unit=" pairs", leave=False, disable=None) as bar:
         for pair, (text, found) in zip(pairs, verdicts):
             for remark in found:
                 (left_out if text is None else remarks).add(remark, pair.image)
             if text is not None:
-                rows.append((pair.image, text))
+                rows.append(Row(pair.image, text))
                 if len(rows) == args.max_samples:
                     break
             bar.update()
@@ -321,27 +363,52 @@ def start_worker() -> None:
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def check_pair(folder: str, verify: bool, keep_empty: bool, pair: Pair) -> Verdict:
+def check_pair(args: argparse.Namespace, pair: Pair) -> Verdict:
+    remarks: list[str] = []
     try:
-        with open(f"{folder}/{pair.caption}", "rb", buffering=0) as file:
+        text = read_caption(args, pair.caption, remarks)
+    except LeftOut as reason:
+        return Verdict(None, [str(reason)])
+    problem = None if args.no_verify else image_problem(f"{args.image_path}/{pair.image}", remarks)
+    return Verdict(None, [problem]) if problem else Verdict(text, remarks)
+
+
+def read_caption(args: argparse.Namespace, name: str, remarks: list[str]) -> Text:
+    """What is written as "text" for this caption file; to `remarks` is added what there is to say of it."""
+    content = read_text(f"{args.image_path}/{name}", remarks)
+    extension = name[name.rindex(".") :].lower()
+    captions = [content] if extension != ".json" else captions_of_json(content, args.keep_empty)
+    # splitlines also splits at U+2028 and U+0085; where a caption is blank, nothing is left of it
+    told = [lines for caption in captions if (lines := list(filter(None, map(str.strip, caption.splitlines()))))]
+    if extension == ".caption":
+        remarks.append(DOT_CAPTION)
+    if any(len(lines) > 1 for lines in told):
+        remarks.append(SEVERAL_LINES[args.multiline])
+    if len(told) > 1:
+        remarks.append(ONE_IN_CSV if args.format == "csv" else SEVERAL_CAPTIONS)
+        told = told[:1] if args.format == "csv" else told
+    if args.multiline == "random":
+        texts = [line for lines in told for line in lines]
+    else:
+        texts = [lines[0] if args.multiline == "first" else " ".join(lines) for lines in told]
+    if not texts and not args.keep_empty:
+        raise LeftOut(EMPTY_CAPTION)
+    return texts if len(texts) > 1 else "".join(texts)
+
+
+def read_text(path: str, remarks: list[str]) -> str:
+    try:
+        with open(path, "rb", buffering=0) as file:
             data = file.read(4096)
             if len(data) == 4096:  # rare: asked for a MiB at once, Python would make room for it every time
                 data += file.read(MAX_CAPTION_BYTES + 1 - 4096)
     except OSError:
-        return Verdict(None, [UNREADABLE])
+        raise LeftOut(UNREADABLE) from None
     text, remark = decode(data)
     if len(data) > MAX_CAPTION_BYTES or "\0" in text:
-        return Verdict(None, [NOT_TEXT])
-    if pair.caption[-5:].lower() == ".json":
-        text = caption_of_json(text)
-        if text is None:
-            return Verdict(None, [BAD_JSON])
-    text = " ".join(filter(None, map(str.strip, text.splitlines())))  # also splits at U+2028 and U+0085
-    if not text and not keep_empty:
-        return Verdict(None, [EMPTY_CAPTION])
-    remarks = [remark] if remark else []
-    problem = image_problem(f"{folder}/{pair.image}", remarks) if verify else None
-    return Verdict(None, [problem]) if problem else Verdict(text, remarks)
+        raise LeftOut(NOT_TEXT)
+    remarks += [remark] if remark else []
+    return text
 
 
 def decode(data: bytes) -> tuple[str, str | None]:
@@ -353,13 +420,43 @@ def decode(data: bytes) -> tuple[str, str | None]:
         return data.decode("latin-1"), LATIN1
 
 
-def caption_of_json(text: str) -> str | None:
+def captions_of_json(text: str, keep_empty: bool) -> list[str]:
     try:
-        caption = json.loads(text, parse_int=str, parse_float=str)["caption"]  # 1984 stays the text "1984"
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+        value = json.loads(text, parse_int=Digits, parse_float=Digits, parse_constant=lambda _: None)  # NaN: missing
+        if isinstance(value, dict) and not CAPTION_KEYS & value.keys():
+            if not keep_empty:
+                raise LeftOut(NO_KEY)
+            value = None
+        captions = captions_of(value)
+    except TypeError as error:
+        raise LeftOut(f"{ODD_JSON}{error}") from None
+    except (ValueError, RecursionError):
+        raise LeftOut(BAD_JSON) from None
+    if any("\0" in caption for caption in captions):
+        raise LeftOut(NOT_TEXT)
     # JSON can spell half a surrogate pair, which no UTF-8 file can hold
-    return caption.encode("utf-8", "replace").decode() if isinstance(caption, str) else None
+    return [caption.encode("utf-8", "replace").decode() for caption in captions]
+
+
+def captions_of(value: object) -> list[str]:
+    """The captions in what a .json gives for one: none if it is missing, several if it is a list of texts.
+
+    Raises:
+        TypeError: it holds no text; the message is what it is instead.
+    """
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        for item in value:
+            if item is not None and (not isinstance(item, str) or isinstance(item, Digits)):
+                raise TypeError(f"list of {'number' if isinstance(item, Digits) else type(item).__name__}")
+        return [item for item in value if item is not None]
+    if isinstance(value, dict) and CAPTION_KEYS & value.keys():
+        caption = value.get("caption")
+        return captions_of(value.get("text") if caption is None else caption)
+    raise TypeError(type(value).__name__)
 
 
 def image_problem(path: str, remarks: list[str]) -> str | None:
@@ -394,7 +491,7 @@ def image_problem(path: str, remarks: list[str]) -> str | None:
 # -------------------------------------------------------------------------------------- writing and report
 
 
-def write_metadata(rows: list[tuple[str, str]], args: argparse.Namespace) -> Path:
+def write_metadata(rows: list[Row], args: argparse.Namespace) -> Path:
     """Replace the metadata file in one step, then remove those of other formats: `datasets` refuses two."""
     path = Path(args.image_path, f"metadata.{args.format}")
     write_atomically(path, map(jsonl_line, rows) if args.format == "jsonl" else csv_lines(rows))
@@ -405,14 +502,15 @@ def write_metadata(rows: list[tuple[str, str]], args: argparse.Namespace) -> Pat
     return path
 
 
-def jsonl_line(row: tuple[str, str]) -> str:
-    line = f'{{"file_name": {quoted(row[0])}, "text": {quoted(row[1])}}}'
+def jsonl_line(row: Row) -> str:
+    text = quoted(row.text) if isinstance(row.text, str) else f"[{', '.join(map(quoted, row.text))}]"
+    line = f'{{"file_name": {quoted(row.file_name)}, "text": {text}}}'
     if len(line.splitlines()) > 1:  # a name with U+2028: readers that use splitlines() would cut the row in two
-        line = json.dumps({"file_name": row[0], "text": row[1]})
+        line = json.dumps(row._asdict())
     return line + "\n"
 
 
-def csv_lines(rows: list[tuple[str, str]]) -> Iterator[str]:
+def csv_lines(rows: list[Row]) -> Iterator[str]:
     yield "file_name,text\n"
     for row in rows:
         yield ",".join('"' + field.replace('"', '""') + '"' for field in row) + "\n"

@@ -140,15 +140,23 @@ def write_undecodable_name(folder: Path) -> None:
 def captions() -> list[Case]:
     same = ["null", "NA", "None", "1984", "true", "nan", "x" * 5000, 'say "hi", a\\b', "\x07bell", "=1+1", "🐈\u200d⬛"]
     other = {
-        "crlf": (b"one\r\ntwo\r\n", "one two"),
+        "crlf": (b"one line\r\n\r\n", "one line"),
         "bom": (b"\xef\xbb\xbfcaf\xc3\xa9", "café"),
         "utf-16": ("猫".encode("utf-16"), "猫"),
         "utf-16 be": (b"\xfe\xff" + "猫".encode("utf-16-be"), "猫"),
-        "u+2028": ("one\u2028two\u0085three", "one two three"),
     }
+    lines = {cm.SEVERAL_LINES["join"]: 1}
+
+    def dot_caption(folder: Path) -> None:
+        put(folder / "dot.png", GOOD)
+        put(folder / "dot.caption", "c")
+
     return [
         *(kept(f"caption {number}.png", GOOD, caption) for number, caption in enumerate(same)),
         *(kept(f"{name}.png", GOOD, data, text) for name, (data, text) in other.items()),
+        kept("lines.png", GOOD, "one\r\ntwo", "one two", remarks=lines),
+        kept("u+2028.png", GOOD, "one\u2028two\u0085three", "one two three", remarks=lines),
+        Case("dot caption", dot_caption, {"dot.png": "c"}, remarks={cm.DOT_CAPTION: 1}),
         kept("latin-1.png", GOOD, "café".encode("latin-1"), "café", remarks={cm.LATIN1: 1}),
         spoilt("empty.png", GOOD, cm.EMPTY_CAPTION, ""),
         spoilt("blank.png", GOOD, cm.EMPTY_CAPTION, b"\xef\xbb\xbf \r\n\t"),

@@ -117,8 +117,7 @@ def test_datasets_reads_every_row(tmp_path):
     [
         ("plain", "plain"),
         ("  trimmed \t\n", "trimmed"),
-        ("one\r\ntwo\n\n  three", "one two three"),
-        ("U+2028\u2028and U+0085\u0085end", "U+2028 and U+0085 end"),
+        ("one, and empty lines \r\n\n \n", "one, and empty lines"),
         ("inner  spaces stay", "inner  spaces stay"),
         ("null", "null"),
         ("NA", "NA"),
@@ -163,31 +162,145 @@ def test_keep_empty(tmp_path):
     assert collect(tmp_path, "--keep_empty") == ([("a.jpg", "")], {cm.NO_CAPTION: 1}, {})
 
 
-def test_caption_from_json(tmp_path):
-    captions = {
-        "a": '{"caption": "from json", "width": 1}',
-        "b": '{"caption": 1984}',
-        "c": '{"caption": "half a pair \\ud83d"}',
-        "null": '{"caption": null}',
-        "none": "{}",
-        "list": "[1]",
-        "cut": '{"caption": "x',
-        "deep": "[" * 100_000,
-    }
-    for stem, data in captions.items():
-        put(tmp_path, f"{stem}.jpg", JPEG)
-        put(tmp_path, f"{stem}.json", data)
+MANY_LINES = {
+    "crlf": ("one\r\ntwo\n\n  three", ["one", "two", "three"]),
+    "unicode": (" U+2028\u2028and U+0085\u0085end", ["U+2028", "and U+0085", "end"]),
+    "cr": ("\r\rone\rtwo", ["one", "two"]),
+}
+
+
+@pytest.mark.parametrize("how", ["first", "join", "random"])
+def test_captions_of_several_lines(tmp_path, how):
+    for stem, (data, _) in MANY_LINES.items():
+        put_pair(tmp_path, f"{stem}.jpg", data)
+    put(tmp_path, "dot.jpg", JPEG)
+    put(tmp_path, "dot.caption", "one\ntwo")
+    put(tmp_path, "json.jpg", JPEG)
+    put(tmp_path, "json.json", '{"caption": "one\\n two "}')
+    put_pair(tmp_path, "one line.jpg", "\n one line \n\n")
+    lines = {stem: lines for stem, (_, lines) in MANY_LINES.items()} | {"dot": ["one", "two"], "json": ["one", "two"]}
+    texts = {stem: {"first": each[0], "join": " ".join(each), "random": each}[how] for stem, each in lines.items()}
+    texts["one line"] = "one line"
+    expected = [(f"{stem}.jpg", texts[stem]) for stem in sorted(texts)]
+    flags = ["--caption_from_json", "--multiline", how]
+    assert collect(tmp_path, *flags) == (expected, {}, {cm.SEVERAL_LINES[how]: 5, cm.DOT_CAPTION: 1})
+    cm.main(["-p", str(tmp_path), *flags])
+    assert written(tmp_path) == expected
+    if how == "join":
+        assert collect(tmp_path, "--caption_from_json")[0] == expected  # the default
+
+
+def test_lines_are_remarked_on_by_name(tmp_path, caplog):
+    put_pair(tmp_path, "a.jpg", "one\ntwo")
+    cm.main(["-p", str(tmp_path)])
+    line = "        1  caption of several lines: joined into one (--multiline first or random): 'a.jpg'"
+    assert line in caplog.text.splitlines()
+
+
+def test_dot_caption_files(tmp_path):
+    """They are read where there is no .txt, before a .json, and counted where they have no image."""
+    put(tmp_path, "a.jpg", JPEG)
+    put(tmp_path, "a.caption", b"caf\xe9")
+    put(tmp_path, "b.jpg", JPEG)
+    put(tmp_path, "b.CAPTION", "upper")
+    put(tmp_path, "b.json", '{"caption": "from json"}')
+    put_pair(tmp_path, "both.jpg", "from txt")
+    put(tmp_path, "both.caption", "from caption")
+    put(tmp_path, "empty.jpg", JPEG)
+    put(tmp_path, "empty.caption", " ")
+    put(tmp_path, "alone.caption", "c")
+    rows, left_out, remarks = collect(tmp_path, "--caption_from_json")
+    assert rows == [("a.jpg", "café"), ("b.jpg", "upper"), ("both.jpg", "from txt")]
+    assert left_out == {cm.SECOND_CAPTION: 1, cm.EMPTY_CAPTION: 1, cm.NO_IMAGE: 1}
+    assert remarks == {cm.DOT_CAPTION: 2, cm.LATIN1: 1}
+
+
+JSON_CAPTIONS = {
+    '{"caption": "from json", "width": 1}': "from json",
+    '{"text": "text will do"}': "text will do",
+    '{"caption": null, "text": "text will do"}': "text will do",
+    '{"text": "t", "caption": "caption first"}': "caption first",
+    '{"caption": {"text": "inside"}}': "inside",
+    '{"caption": 1984}': "1984",
+    '{"caption": 1.50}': "1.50",
+    '{"caption": "half a pair \\ud83d"}': "half a pair ?",
+    '{"caption": ["one"]}': "one",
+    '{"caption": ["one", "", null, "two ", "half \\ud83d"]}': ["one", "two", "half ?"],
+    '{"text": ["", " one "]}': "one",
+    '"a string"': "a string",
+    '["one", "two"]': ["one", "two"],
+    "1984": "1984",
+}
+JSON_REASONS = {
+    "null": cm.EMPTY_CAPTION,
+    '{"caption": null}': cm.EMPTY_CAPTION,
+    '{"caption": NaN}': cm.EMPTY_CAPTION,
+    '{"caption": ""}': cm.EMPTY_CAPTION,
+    '{"caption": []}': cm.EMPTY_CAPTION,
+    '{"caption": [null, " "]}': cm.EMPTY_CAPTION,
+    "{}": cm.NO_KEY,
+    '{"prompt": "p"}': cm.NO_KEY,
+    '{"caption": true}': cm.ODD_JSON + "bool",
+    "false": cm.ODD_JSON + "bool",
+    '{"caption": {"en": "a"}}': cm.ODD_JSON + "dict",
+    '{"caption": {}}': cm.ODD_JSON + "dict",
+    "[1]": cm.ODD_JSON + "list of number",
+    '["a", 1.5]': cm.ODD_JSON + "list of number",
+    '{"caption": [["a"]]}': cm.ODD_JSON + "list of list",
+    '[{"caption": "a"}]': cm.ODD_JSON + "list of dict",
+    '{"caption": "x': cm.BAD_JSON,
+    "": cm.BAD_JSON,
+    "[" * 100_000: cm.BAD_JSON,
+    '{"caption": ' * 600 + '"a"' + "}" * 600: None,  # either is fine, but no traceback
+    '{"caption": "a\\u0000b"}': cm.NOT_TEXT,
+    '{"caption": ["a", "a\\u0000b"]}': cm.NOT_TEXT,
+}
+
+
+@pytest.mark.parametrize("data", JSON_CAPTIONS)
+def test_caption_from_json(tmp_path, data):
+    put(tmp_path, "a.jpg", JPEG)
+    put(tmp_path, "a.json", data)
+    text = JSON_CAPTIONS[data]
+    remarks = {cm.SEVERAL_CAPTIONS: 1} if isinstance(text, list) else {}
+    assert collect(tmp_path, "--caption_from_json") == ([("a.jpg", text)], {}, remarks)
+    cm.main(["-p", str(tmp_path), "--caption_from_json"])
+    assert written(tmp_path) == [("a.jpg", text)]
+
+
+@pytest.mark.parametrize("data", JSON_REASONS, ids=lambda data: data[:30])
+def test_json_without_a_caption(tmp_path, data):
+    put_pair(tmp_path, "good.jpg")
+    put(tmp_path, "a.jpg", JPEG)
+    put(tmp_path, "a.json", data)
+    rows, left_out, _ = collect(tmp_path, "--caption_from_json")
+    reason = JSON_REASONS[data]
+    assert reason is None or (rows, left_out) == ([("good.jpg", "a caption")], {reason: 1})
+    rows, left_out, _ = collect(tmp_path, "--caption_from_json", "--keep_empty")
+    if reason in (cm.EMPTY_CAPTION, cm.NO_KEY):
+        assert (rows, left_out) == ([("a.jpg", ""), ("good.jpg", "a caption")], {})
+    else:
+        assert reason is None or left_out == {reason: 1}
+
+
+def test_json_is_read_on_request_and_after_txt(tmp_path):
+    put(tmp_path, "a.jpg", JPEG)
+    put(tmp_path, "a.json", '{"caption": "from json"}')
     put_pair(tmp_path, "txt first.jpg", "from txt")
     put(tmp_path, "txt first.json", '{"caption": "from json"}')
-    rows, left_out, _ = collect(tmp_path, "--caption_from_json")
-    assert rows == [
-        ("a.jpg", "from json"),
-        ("b.jpg", "1984"),
-        ("c.jpg", "half a pair ?"),
-        ("txt first.jpg", "from txt"),
-    ]
-    assert left_out == {cm.BAD_JSON: 5}
-    assert collect(tmp_path) == ([("txt first.jpg", "from txt")], {cm.NO_CAPTION: 8}, {})
+    assert collect(tmp_path) == ([("txt first.jpg", "from txt")], {cm.NO_CAPTION: 1}, {})
+    rows = [("a.jpg", "from json"), ("txt first.jpg", "from txt")]
+    assert collect(tmp_path, "--caption_from_json") == (rows, {}, {})
+
+
+def test_a_csv_holds_one_caption_of_several(tmp_path, capsys):
+    put(tmp_path, "a.jpg", JPEG)
+    put(tmp_path, "a.json", '{"caption": ["one", "two"]}')
+    flags = ["--caption_from_json", "--format", "csv"]
+    assert collect(tmp_path, *flags) == ([("a.jpg", "one")], {}, {cm.ONE_IN_CSV: 1})
+    message = error_line(capsys, "-p", str(tmp_path), *flags, "--multiline", "random")
+    assert "--multiline random" in message and "--format jsonl" in message
+    assert sorted(listing(tmp_path)) == ["a.jpg", "a.json"]
 
 
 # ---------------------------------------------------------------------------------------------- the pictures
