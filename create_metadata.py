@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -28,9 +29,13 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from importlib.util import find_spec
 from json.encoder import encode_basestring as quoted
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 logger = logging.getLogger("create_metadata")
 
@@ -38,15 +43,35 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the n
 STAMP_NAME = ".create_metadata.sha256"  # "<sha256>  metadata.jsonl": `sha256sum -c` can read it
 # Of two images of one stem, the extension that comes first here is taken.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+HEIF_EXTENSIONS = (".heic", ".heif", ".hif")  # read where pillow-heif is installed
+OTHER_PICTURES = ".jxl .jp2 .j2k .jpx .svg .psd .psb .xcf .eps .tga .ico .ppm .pgm .pbm .exr .hdr .dds .pcx .qoi"
+CAMERA_RAW = ".raw .dng .cr2 .cr3 .nef .nrw .arw .raf .orf .rw2 .pef .srw"
 # Only these decoders are tried: Pillow would hand a file that starts with "%!PS" to Ghostscript, whatever its name.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 # Of two captions of one stem, likewise.
-KINDS = dict.fromkeys(IMAGE_EXTENSIONS, "image") | {
-    ".txt": "caption",
-    ".caption": "caption",
-    ".json": "json",
-    ".tar": "tar",
+KINDS = (
+    dict.fromkeys(IMAGE_EXTENSIONS + HEIF_EXTENSIONS, "image")
+    | dict.fromkeys([*OTHER_PICTURES.split(), *CAMERA_RAW.split()], "unread")
+    | {".txt": "caption", ".caption": "caption", ".json": "json", ".tar": "tar"}
+)
+# How files begin that Pillow does not read under whatever name; each a regular expression.
+SIGNATURES = {
+    rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)": "HEIC",
+    rb"....ftypavi[fs]": "AVIF",
+    rb"\xff\x0a|\0\0\0\x0cJXL ": "JXL",
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "JP2",
+    rb"8BPS": "PSD",
+    rb"v/1\x01": "EXR",
+    rb"#\?R": "HDR",
+    rb"qoif": "QOI",
+    rb"%!PS": "EPS",
+    rb"II\*\0|MM\0\*": "damaged TIFF, or of a rare kind",
+    rb"(<\?xml.*|\s*)<svg": "SVG",
 }
+READABLE = rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP"  # a file that begins so, and does not decode, is damaged
+# Pillow's limits of 1 MiB for one compressed text or color profile of a PNG, and 64 MiB for all text, are too low for
+# the workflows that some programs keep there. These still bound what a decompression bomb takes.
+MAX_PNG_TEXT, MAX_PNG_TEXTS = 64 << 20, 128 << 20  # bytes
 MAX_CAPTION_BYTES = 1 << 20  # a .txt that is larger is no caption
 CAPTION_KEYS = {"caption", "text"}  # of a .json
 MAX_MESSAGE = 1000  # characters of an error; of a longer one, the middle is left out
@@ -67,6 +92,8 @@ UNREADABLE = "file or folder that cannot be read (permission, disk error)"
 ZERO_BYTES = "image of zero bytes"
 NOT_AN_IMAGE = "not an image, whatever its extension says"
 DAMAGED = "truncated or damaged image"
+LFS_POINTER = "Git LFS pointer in the place of an image (git lfs pull gets the image)"
+MUCH_TEXT = f"PNG with over {MAX_PNG_TEXT >> 20} MiB in one text or color profile, or over {MAX_PNG_TEXTS >> 20} in all"
 TOO_LARGE = "image above Pillow's limit of 89 megapixels (decompression bomb)"
 LINK_OUT = "symlink leading out of the folder (`datasets` refuses it: copy the file)"
 LINK_BROKEN = "symlink leading nowhere or to itself"
@@ -84,6 +111,7 @@ SEVERAL_LINES = {
 SEVERAL_CAPTIONS = "several captions in a .json: all are written, and training draws one"
 ONE_IN_CSV = "several captions in a .json: the first is used, as a csv holds one (--format jsonl holds all)"
 FRAMES = "image of several frames, of which training sees the first"
+DAMAGED_EXIF = "image with damaged EXIF data: used, perhaps not turned upright"
 ODD_SHAPE = f"image under {MIN_EDGE} pixels, or over {MAX_ASPECT} times as long as wide: of little use to training"
 NESTED = "metadata file in a sub-folder: `datasets` would add its rows to these, move it away"
 
@@ -112,6 +140,13 @@ class LeftOut(Exception):
 
 class Digits(str):
     """A number of a .json as it stands there: 1984 stays the text "1984"."""
+
+
+def unread(picture_format: str) -> str:
+    remedy = "convert it to JPEG or PNG"
+    if f".{picture_format.lower()}" in HEIF_EXTENSIONS:
+        remedy = f"pip install pillow-heif, or {remedy}"
+    return f"picture in a format that is not read ({picture_format}: {remedy})"
 
 
 class Tally:
@@ -230,6 +265,10 @@ def find_pairs(args: argparse.Namespace, left_out: Tally, remarks: Tally) -> lis
             left_out.add(reason, image)
         else:
             pairs.append(Pair(image, caption))
+    for stem, names in files["unread"].items():
+        captions.pop(stem, None)  # that one has its image
+        for name in names:
+            left_out.add(spoilt.get(name) or unread(name[name.rindex(".") + 1 :].upper()), name)
     for names in captions.values():
         for name in names:
             left_out.add(NO_IMAGE, name)
@@ -245,7 +284,11 @@ def find_files(
     from tqdm import tqdm
 
     real_root = os.path.join(os.path.realpath(args.image_path), "")
-    kinds = KINDS if args.caption_from_json else {**KINDS, ".json": None}
+    kinds: dict[str, str | None] = dict(KINDS)
+    if not args.caption_from_json:
+        kinds[".json"] = None
+    if find_spec("pillow_heif") is None:
+        kinds.update(dict.fromkeys(HEIF_EXTENSIONS, "unread"))
     files: dict[str, dict[str, list[str]]] = {kind: {} for kind in KINDS.values()}
     spoilt: dict[str, str] = {}
     folders = [""]  # grows while it is read: "", "00000/", "00000/deeper/"
@@ -459,9 +502,23 @@ def captions_of(value: object) -> list[str]:
     raise TypeError(type(value).__name__)
 
 
+@functools.cache
+def image_formats() -> tuple[str, ...]:
+    """The decoders to try, in this order. The first call in each process sets Pillow up."""
+    from PIL import PngImagePlugin
+
+    PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = MAX_PNG_TEXT, MAX_PNG_TEXTS
+    try:
+        import pillow_heif
+    except ImportError:
+        return IMAGE_FORMATS
+    pillow_heif.register_heif_opener()
+    return (*IMAGE_FORMATS, "HEIF")  # after AVIF, some of whose files it would take for its own
+
+
 def image_problem(path: str, remarks: list[str]) -> str | None:
     """Why Pillow cannot make an RGB picture of the file, None if it can; then with what there is to remark on it."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 
     try:
         file = open(path, "rb")
@@ -471,21 +528,62 @@ def image_problem(path: str, remarks: list[str]) -> str | None:
         warnings.simplefilter("ignore")  # remarks on odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
+            with Image.open(file, formats=image_formats()) as image:
                 size, has_frames = image.size, getattr(image, "is_animated", False)
                 image.draft(None, (1, 1))  # JPEG: decodes every byte, but computes an eighth of the rows and columns
-                ImageOps.exif_transpose(image, in_place=True)  # loads; damaged EXIF data is met here, not in training
+                image.load()
+                damaged_exif = not turn_upright(image)
                 if image.mode != "RGB":
                     image.convert("RGB")
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             return TOO_LARGE
-        except UnidentifiedImageError:
-            return NOT_AN_IMAGE if os.fstat(file.fileno()).st_size else ZERO_BYTES
-        except Exception:  # Pillow's decoders raise about ten kinds
-            return DAMAGED
+        except Exception as error:  # Pillow's decoders raise about ten kinds
+            return decoding_problem(file, error)
     odd_shape = min(size) < MIN_EDGE or max(size) > MAX_ASPECT * min(size)
-    remarks += [FRAMES] * has_frames + [ODD_SHAPE] * odd_shape
+    remarks += [FRAMES] * has_frames + [DAMAGED_EXIF] * damaged_exif + [ODD_SHAPE] * odd_shape
     return None
+
+
+def turn_upright(image: "Image.Image") -> bool:
+    """As training does. False if the EXIF data cannot be read: the pixels can, and viewers show them."""
+    from PIL import ImageOps
+
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # struct.error, SyntaxError, TypeError, ...
+        return False
+    return True
+
+
+def decoding_problem(file: BinaryIO, error: Exception) -> str:
+    """Why the file could not be decoded, by its first bytes: what is in it may not be what its name says."""
+    from PIL import UnidentifiedImageError
+
+    if "MAX_TEXT" in str(error):
+        return MUCH_TEXT
+    try:
+        file.seek(0)
+        head = file.read(512)
+    except OSError:
+        return UNREADABLE
+    if not head:
+        return ZERO_BYTES
+    if head.startswith(b"version https://git-lfs"):
+        return LFS_POINTER
+    if not isinstance(error, UnidentifiedImageError) or re.match(READABLE, head, re.DOTALL):
+        return DAMAGED
+    for signature, picture_format in SIGNATURES.items():
+        if re.match(signature, head, re.DOTALL):
+            return DAMAGED if can_decode(picture_format) else unread(picture_format)
+    return NOT_AN_IMAGE
+
+
+def can_decode(picture_format: str) -> bool:
+    from PIL import features
+
+    return (
+        "HEIF" in image_formats() if picture_format == "HEIC" else picture_format == "AVIF" and features.check("avif")
+    )
 
 
 # -------------------------------------------------------------------------------------- writing and report

@@ -41,14 +41,26 @@ def flat(mode: str, color, kind: str = "PNG", size: tuple[int, int] = SIZE, **op
     return encoded(Image.new(mode, size, color), kind, **options)
 
 
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_with(*chunks: tuple[bytes, bytes], at_end: bool = False) -> bytes:
+    """GOOD with these chunks before its pixels, or after them."""
+    position = GOOD.index(b"IEND") - 4 if at_end else 33  # 33: after the header
+    return GOOD[:position] + b"".join(png_chunk(*chunk) for chunk in chunks) + GOOD[position:]
+
+
 def huge_png(side: int) -> bytes:
     """A few bytes that claim side x side pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+def ftyp(brand: bytes) -> bytes:
+    """The start of a HEIC, AVIF or MP4 file, and no picture."""
+    return b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1" + brand + b"x" * 500
 
 
 def put(path: Path, content: bytes | str) -> None:
@@ -111,10 +123,43 @@ def pictures() -> list[Case]:
         kept("really a png.jpg", GOOD, color=RED),
         spoilt("truncated.jpg", JPEG[: len(JPEG) // 2], cm.DAMAGED),
         spoilt("text.jpg", b"no picture\n" * 50, cm.NOT_AN_IMAGE),
-        spoilt("postscript.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", cm.NOT_AN_IMAGE),
+        spoilt("postscript.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", cm.unread("EPS")),
+        spoilt("new.jxl", b"\xff\x0a" + b"x" * 99, cm.unread("JXL")),
+        spoilt("drawing.svg", b"<svg/>", cm.unread("SVG")),
+        spoilt("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", cm.LFS_POINTER),
         spoilt("zero bytes.jpg", b"", cm.ZERO_BYTES),
         spoilt("bomb.png", huge_png(60_000), cm.TOO_LARGE),
     ]
+
+
+def burdened() -> list[Case]:
+    """Sound pictures with more text, or worse EXIF data, than Pillow takes by itself."""
+    workflow = zlib.compress(b"a node of a workflow " * 200_000)  # 4 MB
+    turned, odd_resolution = (0x0112, 3, 1, b"\0\6\0\0"), (0x011A, 2, 3, b"72\0\0")  # text, where a number belongs
+    pictures = {
+        "zTXt": png_with((b"zTXt", b"workflow\0\0" + workflow)),
+        "iTXt": png_with((b"iTXt", b"workflow\0\1\0\0\0" + workflow)),
+        "after the pixels": png_with((b"zTXt", b"workflow\0\0" + workflow), at_end=True),
+        "much plain text": png_with(*[(b"tEXt", b"prompt\0" + b"x" * 5_000_000)] * 15),
+        "large color profile": png_with((b"iCCP", b"printer\0\0" + workflow)),
+        "broken color profile": png_with((b"iCCP", b"printer\0\0no zlib")),
+    }
+    spoilt_exif = {
+        "exif is none.png": png_with((b"eXIf", b"garbage")),
+        "exif in hex is none.png": png_with((b"tEXt", b"Raw profile type exif\0\nexif\n  9\nzzzz")),
+        "exif with an odd tag.jpg": flat("RGB", RED, "JPEG", exif=b"Exif\0\0" + exif(turned, odd_resolution)),
+    }
+    return [
+        *(kept(f"{name}.png", data, color=RED) for name, data in pictures.items()),
+        *(kept(name, data, color=RED, remarks={cm.DAMAGED_EXIF: 1}) for name, data in spoilt_exif.items()),
+        kept("exif in png.png", png_with((b"eXIf", exif(turned))), color=RED),
+    ]
+
+
+def exif(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF data of (tag, type, count, value of 4 bytes)."""
+    entries = b"".join(struct.pack(">HHI4s", *tag) for tag in tags)
+    return b"MM\0*" + struct.pack(">IH", 8, len(tags)) + entries + bytes(4)
 
 
 def names() -> list[Case]:

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import io
 import json
 import os
 import random
@@ -9,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import create_metadata as cm
-from dirty_corpus import encoded, huge_png
+from dirty_corpus import burdened, encoded, ftyp, huge_png, png_with
 
 SCRIPT = Path(cm.__file__)
 
@@ -344,7 +346,21 @@ def test_other_good_pictures(tmp_path):
     [
         (b"", cm.ZERO_BYTES),
         (b"this is a text, not a picture\n" * 30, cm.NOT_AN_IMAGE),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", cm.NOT_AN_IMAGE),
+        (b"<html><body>404</body></html>", cm.NOT_AN_IMAGE),
+        (b"\0\0\0\x18ftypisom" + b"x" * 99, cm.NOT_AN_IMAGE),  # mp4
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", cm.unread("EPS")),
+        (b"\xff\x0a" + b"x" * 99, cm.unread("JXL")),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + b"x" * 99, cm.unread("JXL")),
+        (encoded(picture(), "JPEG2000"), cm.unread("JP2")),
+        (b"\n<svg xmlns='x'/>", cm.unread("SVG")),
+        (b"<?xml version='1.0'?>\n<!-- -->\n<svg/>", cm.unread("SVG")),
+        (b"8BPS\0\1" + b"x" * 99, cm.unread("PSD")),
+        (b"II*\0" + b"x" * 99, cm.unread("damaged TIFF, or of a rare kind")),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", cm.LFS_POINTER),
+        (ftyp(b"avif"), cm.DAMAGED),  # Pillow reads the others
+        (JPEG[:6], cm.DAMAGED),
+        (png_with((b"iCCP", b"")), cm.DAMAGED),
+        (png_with((b"gAMA", b"1")), cm.DAMAGED),
         (JPEG[: len(JPEG) // 2], cm.DAMAGED),
         (JPEG[:-2], cm.DAMAGED),
         (encoded(picture(), "PNG")[:60], cm.DAMAGED),
@@ -355,6 +371,126 @@ def test_other_good_pictures(tmp_path):
 )
 def test_image_problem(tmp_path, data, reason):
     assert cm.image_problem(str(put(tmp_path, "a.jpg", data)), []) == reason
+
+
+@pytest.fixture
+def without_heif(monkeypatch):
+    """As where pillow-heif is not installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(cm, "find_spec", lambda _: None)
+    cm.image_formats.cache_clear()
+    yield
+    cm.image_formats.cache_clear()
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"mif1", b"msf1"])
+def test_heic_under_another_name_is_named_as_such(tmp_path, without_heif, brand):
+    assert cm.image_problem(str(put(tmp_path, "a.jpg", ftyp(brand))), []) == cm.unread("HEIC")
+
+
+def test_pictures_that_are_not_read_are_named_by_format(tmp_path, without_heif, caplog):
+    put_pair(tmp_path, "good.jpg")
+    put(tmp_path, "good.psd", "8BPS")
+    for name in ("0.HEIC", "1.heic", "2.heif", "3.hif", "4.jxl", "5.CR2", "6.svg", "sub/7.tga"):
+        put_pair(tmp_path, name, image=b"x")
+    put(tmp_path, "no caption.jp2", "x")
+    put(tmp_path, "alone.txt", "c")
+    caplog.set_level("INFO")
+    cm.main(["-p", str(tmp_path)])
+    lines = caplog.text.splitlines()
+    remedy = "pip install pillow-heif, or convert it to JPEG or PNG"
+    assert f"        2  picture in a format that is not read (HEIC: {remedy}): '0.HEIC', '1.heic'" in lines
+    for name in ("HEIF", "HIF"):
+        assert any(line.startswith(f"        1  {cm.unread(name)}: ") and "pillow-heif" in line for line in lines)
+    for name in ("JXL", "CR2", "SVG", "TGA", "JP2", "PSD"):
+        line = f"        1  picture in a format that is not read ({name}: convert it to JPEG or PNG): "
+        assert sum(each.startswith(line) for each in lines) == 1
+    assert f"        1  {cm.NO_IMAGE}: 'alone.txt'" in lines
+    assert written(tmp_path) == [("good.jpg", "a caption")]
+
+
+STAND_IN_FOR_PILLOW_HEIF = """
+from PIL import Image, ImageFile
+
+class Heif(ImageFile.ImageFile):
+    format = "HEIF"
+    def _open(self):
+        self._size, self._mode = (24, 16), "RGB"
+    def load(self):
+        self.im = Image.core.fill("RGB", self.size, 0)
+
+def register_heif_opener():
+    Image.register_open("HEIF", Heif, lambda start: start[4:12] == b"ftypheic")
+"""
+
+
+@pytest.fixture(params=["a stand-in", "pillow-heif"])
+def heif_picture(request, tmp_path, monkeypatch):
+    """The bytes of a HEIC picture, which can be read."""
+    if request.param == "pillow-heif":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+        data = encoded(picture(), "HEIF")
+    else:
+        put(tmp_path, "modules/pillow_heif.py", STAND_IN_FOR_PILLOW_HEIF)
+        monkeypatch.syspath_prepend(tmp_path / "modules")
+        monkeypatch.delitem(sys.modules, "pillow_heif", raising=False)
+        data = ftyp(b"heic")
+    cm.image_formats.cache_clear()
+    yield data
+    sys.modules.pop("pillow_heif", None)
+    cm.image_formats.cache_clear()
+    Image.OPEN.pop("HEIF", None)
+    Image.ID[:] = [name for name in Image.ID if name != "HEIF"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_heic_is_read_where_pillow_heif_is(tmp_path, heif_picture, workers):
+    folder = tmp_path / "pairs"
+    names = [f"{key:02d}{extension}" for key, extension in enumerate([".HEIC", ".heif", ".hif", ".jpg"] * 9)]
+    for name in names:
+        put_pair(folder, name, image=heif_picture)
+    put_pair(folder, "cut.heic", image=b"\0\0\0\x18ftypheix" + b"x" * 99)
+    put_pair(folder, "avif.png", image=encoded(picture(), "AVIF"))
+    rows, left_out, _ = collect(folder, "--num_workers", workers)
+    assert [name for name, _ in rows] == [*names, "avif.png"]
+    assert left_out == {cm.DAMAGED: 1}
+
+
+@pytest.mark.parametrize("case", burdened(), ids=lambda case: case.name)
+def test_sound_pictures_with_much_or_broken_data_beside_the_pixels(tmp_path, case):
+    case.write(tmp_path)
+    assert collect(tmp_path) == ([*case.rows.items()], {}, case.remarks)
+
+
+def test_text_of_a_png_is_bounded(tmp_path):
+    bomb = zlib.compress(bytes(cm.MAX_PNG_TEXT + 1))
+    sixty = zlib.compress(b"x" * (60 << 20))
+    pictures = {
+        "one text.png": png_with((b"zTXt", b"w\0\0" + bomb)),
+        "international.png": png_with((b"iTXt", b"w\0\1\0\0\0" + bomb), at_end=True),
+        "color profile.png": png_with((b"iCCP", b"p\0\0" + bomb)),
+        "many texts.png": png_with(*[(b"zTXt", b"%d\0\0" % key + sixty) for key in range(3)]),
+    }
+    for name, data in pictures.items():
+        put_pair(tmp_path, name, image=data)
+    put_pair(tmp_path, "good.png", image=png_with(*[(b"zTXt", b"%d\0\0" % key + sixty) for key in range(2)]))
+    assert collect(tmp_path) == ([("good.png", "a caption")], {cm.MUCH_TEXT: 4}, {})
+
+
+def test_damaged_exif_data_does_not_hide_damaged_pixels(tmp_path):
+    data = png_with((b"eXIf", b"garbage"))
+    assert cm.image_problem(str(put(tmp_path, "a.png", data[:-25])), []) == cm.DAMAGED
+
+
+def test_a_disk_error_in_a_picture_is_no_damage(tmp_path, monkeypatch):
+    path = put(tmp_path, "a.jpg", JPEG)
+
+    class Failing(io.FileIO):
+        def read(self, *_):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(cm, "open", Failing, raising=False)
+    assert cm.image_problem(str(path), []) == cm.UNREADABLE
 
 
 def test_a_jpeg_cut_anywhere_is_found(tmp_path):
