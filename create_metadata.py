@@ -42,7 +42,7 @@ logger = logging.getLogger("create_metadata")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the names that `datasets` looks for
 STAMP_NAME = ".create_metadata.sha256"  # "<sha256>  metadata.jsonl": `sha256sum -c` can read it
 # Of two images of one stem, the extension that comes first here is taken.
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .apng .webp .avif .bmp .gif .tif .tiff".split())
 HEIF_EXTENSIONS = (".heic", ".heif", ".hif")  # read where pillow-heif is installed
 OTHER_PICTURES = ".jxl .jp2 .j2k .jpx .svg .psd .psb .xcf .eps .tga .ico .ppm .pgm .pbm .exr .hdr .dds .pcx .qoi"
 CAMERA_RAW = ".raw .dng .cr2 .cr3 .nef .nrw .arw .raf .orf .rw2 .pef .srw"
@@ -52,7 +52,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 KINDS = (
     dict.fromkeys(IMAGE_EXTENSIONS + HEIF_EXTENSIONS, "image")
     | dict.fromkeys([*OTHER_PICTURES.split(), *CAMERA_RAW.split()], "unread")
-    | {".txt": "caption", ".caption": "caption", ".json": "json", ".tar": "tar"}
+    | {".txt": "caption", ".caption": "caption", ".json": "json"}
 )
 # How files begin that Pillow does not read under whatever name; each a regular expression.
 SIGNATURES = {
@@ -78,13 +78,17 @@ MAX_MESSAGE = 1000  # characters of an error; of a longer one, the middle is lef
 PAIRS_PER_TASK = 16
 MIN_EDGE, MAX_ASPECT = 16, 8  # pixels, and long edge / short edge; images beyond them are kept, and remarked on
 
+TRAIN = "train_text_to_image_qat.py"
+ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".xlsx", ".parquet")  # that may hold the captions of many images
+
 # Why something is left out.
 NO_CAPTION = "image without a caption file"
 NO_IMAGE = "caption file without an image"
 SECOND_IMAGE = "second image of one stem"
 SECOND_CAPTION = "second caption file of one stem"
 EMPTY_CAPTION = "empty caption (--keep_empty keeps it)"
-NOT_TEXT = "caption that is not text (NUL bytes, or over 1 MiB)"
+NOT_TEXT = "caption that is not text (NUL bytes, or over 1 MiB: save it as UTF-8)"
 BAD_JSON = ".json that is no JSON"
 NO_KEY = 'empty caption: .json without "caption" or "text" (--keep_empty keeps the pair)'
 ODD_JSON = ".json whose caption is no text: "  # and its type
@@ -94,7 +98,7 @@ NOT_AN_IMAGE = "not an image, whatever its extension says"
 DAMAGED = "truncated or damaged image"
 LFS_POINTER = "Git LFS pointer in the place of an image (git lfs pull gets the image)"
 MUCH_TEXT = f"PNG with over {MAX_PNG_TEXT >> 20} MiB in one text or color profile, or over {MAX_PNG_TEXTS >> 20} in all"
-TOO_LARGE = "image above Pillow's limit of 89 megapixels (decompression bomb)"
+TOO_LARGE = "image above Pillow's limit of 89 megapixels (decompression bomb, or to be scaled down)"
 LINK_OUT = "symlink leading out of the folder (`datasets` refuses it: copy the file)"
 LINK_BROKEN = "symlink leading nowhere or to itself"
 LINK_FOLDER = "symlink to a folder inside this one (not followed: it would count twice or loop)"
@@ -205,7 +209,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     folder = args.image_path
     if not os.path.isdir(folder):
-        parser.error(f"--image_path {folder!r} is not a folder: pass the one that holds the images and captions")
+        parser.error(f"--image_path {folder!r} {instead_of_folder(folder)}")
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         parser.error(f"--image_path {folder!r} is not readable and writable: metadata goes there, change its rights")
     if args.max_samples is not None and args.max_samples < 1:
@@ -216,13 +220,52 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.num_workers < 1:
         parser.error(f"--num_workers {args.num_workers} must be at least 1: leave it away for every core")
-    foreign = [name for name in METADATA_NAMES if os.path.lexists(f"{folder}/{name}") and not ours(Path(folder, name))]
-    if foreign and not args.overwrite:
-        parser.error(
-            f"{os.path.join(folder, foreign[0])!r} was not written by this script, or was edited since: "
-            "move it away, or pass --overwrite to replace it"
-        )
+    for name in METADATA_NAMES:
+        problem = foreign_metadata(Path(folder, name), args.overwrite)
+        if problem:
+            parser.error(f"{os.path.join(folder, name)!r} {problem}")
     return args
+
+
+def instead_of_folder(path: str) -> str:
+    """What is wrong with a path that is no folder, and what to do with it."""
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        problem = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.args[-1]})"
+        return f"{problem}: pass a folder on this machine (a dataset of the Hub goes to {TRAIN} --dataset_name)"
+    folder, name = os.path.split(path)
+    extension = os.path.splitext(name)[1].lower()
+    if extension == ".tar":
+        return f"is not a folder but a tar: unpack it, or train on it as it is: {command('--streaming', folder)}"
+    if extension in ARCHIVES:
+        return "is not a folder but an archive: unpack it, and pass the folder that it makes"
+    if name in METADATA_NAMES or extension in (".parquet", ".arrow"):
+        return f"is not a folder, and needs no metadata: {command(reader(name), folder)} reads it"
+    return f"is not a folder: pass the one that holds the images and captions, perhaps {os.path.normpath(folder)!r}"
+
+
+def reader(name: str) -> str:
+    """The trainer's flag for the folder of that file."""
+    return "--train_data_dir" if name in ("metadata.jsonl", "metadata.csv") else "--dataset_name"
+
+
+def command(flag: str, folder: str) -> str:
+    flag = "--streaming --max_train_steps N --train_data_dir" if flag == "--streaming" else flag
+    return f"{TRAIN} {flag} {shlex.quote(os.path.normpath(folder))}"
+
+
+def foreign_metadata(path: Path, overwrite: bool) -> str | None:
+    """What to do with a file that this script did not write as it is."""
+    if path.is_dir() and not path.is_symlink():
+        return "is a folder, where metadata would be written: move it away"
+    if overwrite or not os.path.lexists(path) or ours(path):
+        return None
+    stamp = path.with_name(STAMP_NAME)
+    edited = stamp.is_file() and stamp.read_text(errors="replace").rstrip().endswith(f"  {path.name}")
+    whose = "was edited since this script wrote it" if edited else "was not written by this script"
+    reads = command(reader(path.name), str(path.parent))
+    return f"{whose}: {reads} reads it as it is; to replace it by a new one, pass --overwrite"
 
 
 def stamp_line(metadata: Path) -> str:
@@ -244,7 +287,8 @@ def ours(metadata: Path) -> bool:
 
 def find_pairs(args: argparse.Namespace, left_out: Tally, remarks: Tally) -> list[Pair]:
     """Every image with its caption file, sorted by file name; nothing is opened yet."""
-    files, spoilt = find_files(args, left_out, remarks)
+    others = Tally()  # files that are no part of a pair, by extension
+    files, spoilt = find_files(args, left_out, remarks, others)
     images, captions, jsons = files["image"], files["caption"], files["json"]
     extensions = list(KINDS)
 
@@ -273,12 +317,12 @@ def find_pairs(args: argparse.Namespace, left_out: Tally, remarks: Tally) -> lis
         for name in names:
             left_out.add(NO_IMAGE, name)
     if not pairs:
-        refuse_nothing(args.image_path, left_out, len(files["tar"]))
+        refuse_nothing(args, left_out, others)
     return sorted(pairs)
 
 
 def find_files(
-    args: argparse.Namespace, left_out: Tally, remarks: Tally
+    args: argparse.Namespace, left_out: Tally, remarks: Tally, others: Tally
 ) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
     """{kind: {stem: names}} and {name: what is wrong with that symlink}; stems and names are relative."""
     from tqdm import tqdm
@@ -310,8 +354,10 @@ def find_files(
                 spoilt[name] = problem
         elif problem and not os.path.isfile(entry.path):
             left_out.add(problem, name)
-        elif prefix and entry.name in METADATA_NAMES:
-            remarks.add(NESTED, name)
+        else:
+            if prefix and entry.name in METADATA_NAMES:
+                remarks.add(NESTED, name)
+            others.add("metadata" if entry.name in METADATA_NAMES else os.path.splitext(name)[1].lower(), name)
     return files, spoilt
 
 
@@ -343,12 +389,71 @@ def name_problem(name: str) -> str | None:
     return BAD_NAME if "\\" in name else None  # `datasets` takes it for a slash
 
 
-def refuse_nothing(folder: str, left_out: Tally, num_tars: int = 0) -> NoReturn:
-    remedy = "NAME.jpg needs its caption in NAME.txt beside it (or in NAME.json, with --caption_from_json)"
-    if num_tars:
-        remedy = f"it holds {num_tars:,} .tar files: unpack them, or run img2dataset with --output_format files"
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.counts.most_common())
-    fail(f"no usable pair in --image_path {folder!r}{f' (left out: {reasons})' if reasons else ''}: {remedy}")
+# ------------------------------------------------------------------------------- where no pair can be used
+
+
+def refuse_nothing(args: argparse.Namespace, left_out: Tally, others: Tally) -> NoReturn:
+    message = f"no usable pair in --image_path {args.image_path!r}"
+    reasons = [f"{count:,} {reason}: {left_out.names[reason][0]!r}" for reason, count in left_out.counts.most_common(3)]
+    if reasons:
+        message += f" (left out: {'; '.join(reasons)})"
+    fail(message + remedy(args, left_out, others))
+
+
+def remedy(args: argparse.Namespace, left_out: Tally, others: Tally) -> str:
+    """By what the folder holds, and by what most images were left out for."""
+    if others.counts[".tar"]:
+        count, name = others.counts[".tar"], others.names[".tar"][0]
+        reads = command("--streaming", os.path.join(args.image_path, os.path.dirname(name)))
+        return f": {reads} reads its {count:,} .tar files as they are; or unpack them"
+    counts = {reason: count for reason, count in left_out.counts.items() if reason not in (NO_IMAGE, HIDDEN)}
+    reason = max(counts, key=counts.__getitem__, default=NO_IMAGE)
+    if reason == NO_IMAGE:
+        return f": {without_images(args.image_path, others)}"
+    if reason == NO_CAPTION:
+        return f": {without_captions(args, left_out, others)}"
+    if reason in (EMPTY_CAPTION, NO_KEY):
+        return ": write captions, or pass --keep_empty to keep images without one"
+    if reason == BAD_JSON or reason.startswith(ODD_JSON):
+        return ': a .json must hold {"caption": "text"}; or put the caption into NAME.txt'
+    if reason in (NOT_AN_IMAGE, DAMAGED, ZERO_BYTES):
+        return ": these files are no pictures, or not whole: get them again"
+    return ""  # the reason itself says what helps
+
+
+def without_images(folder: str, others: Tally) -> str:
+    if others.counts[".arrow"] or others.counts[".parquet"]:
+        return f"it holds the files of a dataset: {command('--dataset_name', folder)} reads them as they are"
+    archives = [name for extension in ARCHIVES for name in others.names[extension]]
+    if archives:
+        return f"unpack {archives[0]!r} first"
+    kinds = [f"{count:,} {kind or 'without an extension'}"[:40] for kind, count in others.counts.most_common(5)]
+    found = f"no picture was found, but {', '.join(kinds)}" if kinds else "no picture was found"
+    return f"{found}: pass the folder of NAME.jpg (or {' '.join(IMAGE_EXTENSIONS[1:])}) with NAME.txt beside each"
+
+
+def without_captions(args: argparse.Namespace, left_out: Tally, others: Tally) -> str:
+    folder, image, alone = args.image_path, left_out.names[NO_CAPTION][0], left_out.names[NO_IMAGE]
+    stem = os.path.splitext(image)[0]
+    if not args.caption_from_json and os.path.isfile(f"{folder}/{stem}.json"):
+        return f"{stem + '.json'!r} and the like are read with --caption_from_json: add it"
+    if os.path.isfile(f"{folder}/{image}.txt"):
+        return f"rename {image + '.txt'!r} to {stem + '.txt'!r}, and the others likewise"
+    if others.counts["metadata"]:
+        subfolder, name = os.path.split(others.names["metadata"][0])
+        reads = command(reader(name), os.path.join(folder, subfolder))
+        return f"its captions are in {os.path.join(subfolder, name)!r}: {reads} reads them as they are"
+    if left_out.counts[NO_IMAGE] > 1:
+        return f"the caption of {image!r} belongs into {stem + '.txt'!r}: move or rename {alone[0]!r} and the others"
+    tables = [name for extension in TABLES for name in others.names[extension]] + alone
+    if tables:
+        row = '{"file_name": "NAME.jpg", "text": "caption"}'
+        return f"if {tables[0]!r} holds the captions, make a metadata.jsonl of it, lines of {row}, and train on that"
+    beside = "NAME.jpg needs its caption in NAME.txt beside it (or in NAME.json, with --caption_from_json)"
+    if all("/" in name for name in left_out.names[NO_CAPTION]):
+        reads = command("--dataset_name", folder)
+        return f"{beside}; or, if the folders' names are the captions, train with {reads} --caption_column label"
+    return beside
 
 
 # ----------------------------------------------------------------------------------- captions and decoding
@@ -371,7 +476,7 @@ def check_pairs(pairs: list[Pair], args: argparse.Namespace, left_out: Tally, re
                     break
             bar.update()
     if not rows:
-        refuse_nothing(args.image_path, left_out)
+        refuse_nothing(args, left_out, Tally())
     return rows
 
 

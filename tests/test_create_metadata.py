@@ -820,15 +820,132 @@ def test_a_planted_partial_file_is_not_written_through(tmp_path):
 
 
 def test_wrong_arguments(tmp_path, capsys, monkeypatch):
-    file = put(tmp_path, "file", "")
     assert "--image_path" in error_line(capsys)
-    assert f"{tmp_path}/gone" in error_line(capsys, "-p", f"{tmp_path}/gone")
-    assert "not a folder" in error_line(capsys, "-p", str(file))
     assert "--max_samples 0" in error_line(capsys, "-p", str(tmp_path), "--max_samples", "0")
     assert "--num_workers 0" in error_line(capsys, "-p", str(tmp_path), "--num_workers", "0")
     assert "--format" in error_line(capsys, "-p", str(tmp_path), "--format", "xml")
+    assert "--multiline" in error_line(capsys, "-p", str(tmp_path), "--multiline", "all")
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert "writable" in error_line(capsys, "-p", str(tmp_path))
+
+
+TRAIN = "train_text_to_image_qat.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("00000.tar", f"train on it as it is: {TRAIN} --streaming --max_train_steps N --train_data_dir {{}}"),
+        ("pairs.zip", "unpack it"),
+        ("pairs.tar.gz", "unpack it"),
+        ("train.parquet", f"{TRAIN} --dataset_name {{}} reads it"),
+        ("data-00000-of-00001.arrow", f"{TRAIN} --dataset_name {{}} reads it"),
+        ("metadata.jsonl", f"{TRAIN} --train_data_dir {{}} reads it"),
+        ("metadata.csv", f"{TRAIN} --train_data_dir {{}} reads it"),
+        ("metadata.parquet", f"{TRAIN} --dataset_name {{}} reads it"),
+        ("captions.csv", "perhaps {!r}"),
+        ("0.jpg", "perhaps {!r}"),
+    ],
+)
+def test_a_file_in_the_place_of_the_folder(tmp_path, capsys, monkeypatch, name, remedy):
+    put(tmp_path, name, "")
+    message = error_line(capsys, "-p", str(tmp_path / name))
+    assert f"'{tmp_path}/{name}' is not a folder" in message and remedy.format(str(tmp_path)) in message
+    monkeypatch.chdir(tmp_path)
+    assert remedy.format(".") in error_line(capsys, "-p", name)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_path_that_is_nowhere(tmp_path, capsys, monkeypatch):
+    message = error_line(capsys, "-p", f"{tmp_path}/gone")
+    assert f"'{tmp_path}/gone' does not exist" in message and "--dataset_name" in message
+    for path in ("", "a\0b", "x" * 999):
+        assert "pass a folder" in error_line(capsys, "-p", path)
+
+
+def test_metadata_of_others_is_what_training_reads(tmp_path, capsys):
+    put_pair(tmp_path, "a.jpg")
+    for name, flag in [("metadata.jsonl", "--train_data_dir"), ("metadata.parquet", "--dataset_name")]:
+        path = put(tmp_path, name, "x" * 5000)
+        message = error_line(capsys, "-p", str(tmp_path))
+        assert f"not written by this script: {TRAIN} {flag} {tmp_path} reads it" in message and "--overwrite" in message
+        path.unlink()
+    (tmp_path / "metadata.csv").mkdir()
+    before = listing(tmp_path)
+    assert "is a folder" in error_line(capsys, "-p", str(tmp_path), "--overwrite")
+    assert listing(tmp_path) == before
+
+
+def put_all(folder: Path, *names: str) -> None:
+    for name in names:
+        put(folder, name, JPEG if name.endswith("jpg") else "text")
+
+
+NOTHING_USABLE = {
+    "nothing": ([], [], "no picture was found: pass the folder of NAME.jpg"),
+    "videos": (["0.mp4", "1.mp4", "0.txt", "x"], [], "no picture was found, but 2 .mp4, 1 without an extension: "),
+    "hidden": ([".git/0.jpg", "a.mp4"], [], "no picture was found, but 1 .mp4: "),
+    "tars": (["00000.tar", "00001.tar"], [], "--streaming --max_train_steps N --train_data_dir {} reads its 2 .tar"),
+    "tars deeper": (["a/b/00000.tar", "logo.jpg"], [], "--train_data_dir {}/a/b reads its 1 .tar"),
+    "parquet": (["data/train.parquet"], [], f"{TRAIN} --dataset_name {{}} reads"),
+    "save_to_disk": (["state.json", "dataset_info.json", "data.arrow"], [], f"{TRAIN} --dataset_name {{}} reads"),
+    "archive": (["pairs.zip", "README.md"], [], "unpack 'pairs.zip' first"),
+    "json": (["0.jpg", "0.json", "1.jpg"], [], "'0.json' and the like are read with --caption_from_json"),
+    "json, asked for": (["0.jpg", "0.json"], ["--caption_from_json"], 'must hold {{"caption": "text"}}'),
+    "second extension": (["0.jpg", "0.jpg.txt"], [], "rename '0.jpg.txt' to '0.txt'"),
+    "other folder": (
+        ["i/0.jpg", "i/1.jpg", "t/0.txt", "t/1.txt", "t/2.txt"],
+        [],
+        "'i/0.txt': move or rename 't/0.txt'",
+    ),
+    "one table": (
+        ["0.jpg", "1.jpg", "captions.csv"],
+        [],
+        "if 'captions.csv' holds the captions, make a metadata.jsonl",
+    ),
+    "one text": (["0.jpg", "1.jpg", "captions.txt"], [], "if 'captions.txt' holds the captions"),
+    "one json": (["0.jpg", "1.jpg", "captions.json"], [], "if 'captions.json' holds the captions"),
+    "deeper": (["t/0.jpg", "t/metadata.jsonl"], [], f"in 't/metadata.jsonl': {TRAIN} --train_data_dir {{}}/t reads"),
+    "overwriting": (["0.jpg", "metadata.csv"], ["--overwrite"], f"'metadata.csv': {TRAIN} --train_data_dir {{}} reads"),
+    "classes": (["hill/0.jpg", "lake/1.jpg"], [], f"{TRAIN} --dataset_name {{}} --caption_column label"),
+    "no caption": (["0.jpg"], [], "needs its caption in NAME.txt beside it"),
+}
+
+
+@pytest.mark.parametrize("names, flags, remedy", NOTHING_USABLE.values(), ids=NOTHING_USABLE)
+def test_the_remedy_fits_what_the_folder_holds(tmp_path, capsys, names, flags, remedy):
+    put_all(tmp_path, *names)
+    before = listing(tmp_path)
+    message = error_line(capsys, "-p", str(tmp_path), *flags)
+    assert remedy.format(tmp_path) in message and "no usable pair" in message and len(message) < 700
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("caption", "image", "remedy"),
+    [
+        ("", JPEG, "pass --keep_empty"),
+        ("c", b"hello", "get them again"),
+        ("c", JPEG[:300], "get them again"),
+        ("c", ftyp(b"heic"), "pip install pillow-heif"),
+        ("c", b"\xff\x0a", "convert it to JPEG or PNG"),
+        ("utf-16".encode("utf-16-le"), JPEG, "save it as UTF-8"),
+    ],
+)
+def test_the_remedy_fits_the_main_reason(tmp_path, capsys, without_heif, caption, image, remedy):
+    for key in range(3):
+        put_pair(tmp_path, f"{key}.jpg", caption, image)
+    put(tmp_path, "alone.jpg", JPEG)
+    for key in range(4):
+        put(tmp_path, f"alone {key}.txt", "c")
+    assert remedy in error_line(capsys, "-p", str(tmp_path))
+
+
+def test_heic_alone(tmp_path, capsys, without_heif):
+    for key in range(4):
+        put_pair(tmp_path, f"{key}.HEIC", image=ftyp(b"heic"))
+    message = error_line(capsys, "-p", str(tmp_path))
+    assert f"(left out: 4 {cm.unread('HEIC')}: '0.HEIC')" in message and "caption file" not in message
 
 
 def test_every_error_is_one_line_of_bounded_length(tmp_path, capsys):
@@ -862,12 +979,6 @@ def test_no_pair_writes_nothing(tmp_path, capsys):
     put_pair(folder, "a.jpg", image=b"hello")
     assert f"1 {cm.NOT_AN_IMAGE}" in error_line(capsys, "-p", str(folder))
     assert sorted(listing(folder)) == ["a.jpg", "a.txt"]
-
-
-def test_webdataset_folder_is_named_as_such(tmp_path, capsys):
-    put(tmp_path, "00000.tar", b"")
-    put(tmp_path, "00001.tar", b"")
-    assert "2 .tar files" in error_line(capsys, "-p", str(tmp_path))
 
 
 def test_help_needs_no_library():
