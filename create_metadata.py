@@ -69,6 +69,7 @@ SIGNATURES = {
     rb"(<\?xml.*|\s*)<svg": "SVG",
 }
 READABLE = rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP"  # a file that begins so, and does not decode, is damaged
+LFS_START = "version https://git-lfs"
 # Pillow's limits of 1 MiB for one compressed text or color profile of a PNG, and 64 MiB for all text, are too low for
 # the workflows that some programs keep there. These still bound what a decompression bomb takes.
 MAX_PNG_TEXT, MAX_PNG_TEXTS = 64 << 20, 128 << 20  # bytes
@@ -96,8 +97,10 @@ UNREADABLE = "file or folder that cannot be read (permission, disk error)"
 ZERO_BYTES = "image of zero bytes"
 NOT_AN_IMAGE = "not an image, whatever its extension says"
 DAMAGED = "truncated or damaged image"
-LFS_POINTER = "Git LFS pointer in the place of an image (git lfs pull gets the image)"
-MUCH_TEXT = f"PNG with over {MAX_PNG_TEXT >> 20} MiB in one text or color profile, or over {MAX_PNG_TEXTS >> 20} in all"
+LFS_POINTER = "Git LFS pointer in the place of an image or caption (git lfs pull gets it)"
+MUCH_TEXT = (
+    f"PNG with over {MAX_PNG_TEXT >> 20} MiB in one text, or {MAX_PNG_TEXTS >> 20} in all (save it without its text)"
+)
 TOO_LARGE = "image above Pillow's limit of 89 megapixels (decompression bomb, or to be scaled down)"
 LINK_OUT = "symlink leading out of the folder (`datasets` refuses it: copy the file)"
 LINK_BROKEN = "symlink leading nowhere or to itself"
@@ -192,9 +195,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-p", "--image_path", type=os.path.expanduser, required=True, metavar="FOLDER", help="images and captions")
     text = 'where .txt and .caption are missing, use "caption" or else "text" of the .json; of a list, all are kept'
     add("--caption_from_json", action="store_true", help=text)
-    text = (
-        "of a caption of several lines: the first, all joined by spaces (default), or a list that training draws from"
-    )
+    text = "of captions of several lines: the first, all joined by spaces (default), or a list that training draws from"
     add("--multiline", choices=tuple(SEVERAL_LINES), default="join", help=text)
     add("--keep_empty", action="store_true", help='keep pairs with an empty caption, as "text": ""')
     add("--max_samples", type=int, metavar="N", help="stop after N pairs (in the order of the file names)")
@@ -215,9 +216,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.max_samples is not None and args.max_samples < 1:
         parser.error(f"--max_samples {args.max_samples} must be at least 1: leave it away for all pairs")
     if args.multiline == "random" and args.format == "csv":
-        parser.error(
-            "--multiline random writes lists, which a csv cannot hold: use --format jsonl, or --multiline first"
-        )
+        parser.error("--multiline random writes lists, which no csv can hold: use --format jsonl, or --multiline first")
     if args.num_workers < 1:
         parser.error(f"--num_workers {args.num_workers} must be at least 1: leave it away for every core")
     for name in METADATA_NAMES:
@@ -555,6 +554,8 @@ def read_text(path: str, remarks: list[str]) -> str:
     text, remark = decode(data)
     if len(data) > MAX_CAPTION_BYTES or "\0" in text:
         raise LeftOut(NOT_TEXT)
+    if text.startswith(LFS_START):  # it would be trained on, word by word
+        raise LeftOut(LFS_POINTER)
     remarks += [remark] if remark else []
     return text
 
@@ -673,7 +674,7 @@ def decoding_problem(file: BinaryIO, error: Exception) -> str:
         return UNREADABLE
     if not head:
         return ZERO_BYTES
-    if head.startswith(b"version https://git-lfs"):
+    if head.startswith(LFS_START.encode()):
         return LFS_POINTER
     if not isinstance(error, UnidentifiedImageError) or re.match(READABLE, head, re.DOTALL):
         return DAMAGED

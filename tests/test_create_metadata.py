@@ -149,6 +149,7 @@ def test_latin1_caption_is_written_and_counted(tmp_path):
         (b"a\0b", cm.NOT_TEXT),
         ("UTF-16 without its mark".encode("utf-16-le"), cm.NOT_TEXT),
         (JPEG, cm.NOT_TEXT),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", cm.LFS_POINTER),
         (b"x" * (cm.MAX_CAPTION_BYTES + 1), cm.NOT_TEXT),
     ],
 )
