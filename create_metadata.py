@@ -246,7 +246,7 @@ def instead_of_folder(path: str) -> str:
 
 def reader(name: str) -> str:
     """The trainer's flag for the folder of that file."""
-    return "--train_data_dir" if name in ("metadata.jsonl", "metadata.csv") else "--dataset_name"
+    return "--train_data_dir" if name in METADATA_NAMES else "--dataset_name"
 
 
 def command(flag: str, folder: str) -> str:
@@ -698,6 +698,8 @@ def can_decode(picture_format: str) -> bool:
 def write_metadata(rows: list[Row], args: argparse.Namespace) -> Path:
     """Replace the metadata file in one step, then remove those of other formats: `datasets` refuses two."""
     path = Path(args.image_path, f"metadata.{args.format}")
+    if any(isinstance(row.text, list) for row in rows):  # then all are: `datasets` wants a column of one type
+        rows = [Row(name, [text] if isinstance(text, str) else text) for name, text in rows]
     write_atomically(path, map(jsonl_line, rows) if args.format == "jsonl" else csv_lines(rows))
     for name in METADATA_NAMES:
         if name != path.name:

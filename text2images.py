@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 # Importing these libraries on a CPU prints notices about GPU parts that are not there.
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 for library in ("torchao", "torch.utils._pytree"):
     logging.getLogger(library).setLevel(logging.ERROR)
@@ -50,6 +50,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from packaging import version
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
@@ -64,7 +65,18 @@ SCHEDULERS = {
     "euler_a": "EulerAncestralDiscreteScheduler",
     "lms": "LMSDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
 }
+# What the UNet was trained with, whatever sampler the checkpoint was saved with ...
+TRAINED_WITH = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+TRAINED_WITH += ("rescale_betas_zero_snr", "original_inference_steps")
+# ... and what all of Stable Diffusion's samplers are set to: their defaults are for models of pixels.
+SAMPLER_SETTINGS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}
+# Pipelines of the same parts; a checkpoint may have been saved by any of them.
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline")
+VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE")
+# A tokenizer gives some of these different ids, unless it has lost its vocabulary.
+TEST_WORDS = ["cat", "house", "sky", "water", "кот", "небо", "家", "空", "水", "集"]
 MAX_NAME_BYTES = 150  # of the caption in a file name; file systems allow 255 for the whole
 # Separators, what Windows forbids, control characters, and marks that turn the direction of the text around.
 NOT_IN_NAMES = r"[\\/:*?\"<>|\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]+"
@@ -73,6 +85,10 @@ WINDOWS_DEVICES = r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\xb9\xb2\xb3]
 
 class UsageError(Exception):
     """What the user gave cannot work; the message is one line that names it and the remedy. Exit code 2."""
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 # ---------------------------------------------------------------- arguments
@@ -87,7 +103,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("-m", "--pretrained_model_name_or_path", required=True, help="diffusers folder or hub id of Stable Diffusion")
     add("-qm", "--quantized_model_name_or_path", type=Path, help="quant_model.pt, or the folder it is in")
-    add("--scheduler", choices=SCHEDULERS, help="sampler; by default the checkpoint's own")
+    add("--variant", help="file variant of the checkpoint's weights, as in fp16")
+    add("--revision", help="git revision of the hub model")
+    add("--cache_dir", help="where downloads are kept")
+    text = "sampler, with its usual settings for Stable Diffusion; by default the checkpoint's own, as it was saved"
+    add("--scheduler", choices=SCHEDULERS, help=text)
+    text = "layers of the text encoder to leave out at its end, as diffusers counts (1 is called clip skip 2 elsewhere)"
+    add("--clip_skip", type=int, metavar="N", help=text)
     text = (
         "of all that is not int8; auto: float32 with the full-precision UNet, around int8 bfloat16 where the CPU has it"
     )
@@ -113,6 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--width", type=int, help="likewise")
     add("--batch_size", type=int, default=1, help="pictures painted at once")
     add("--output_dir", type=Path, default=Path("images"), help="gets the pictures and results.jsonl")
+    add("--debug", action="store_true", help="show the traceback with an error")
     args = parser.parse_args(argv)
 
     if args.captions_file is not None:
@@ -132,8 +155,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         edge = getattr(args, name)
         if edge is not None and (edge < 8 or edge % 8):
             parser.error(f"--{name} {edge} must be a multiple of 8: {max(8, edge // 8 * 8)} would do")
-    if args.high_precision_steps < 0:
-        parser.error("--high_precision_steps must not be negative")
+    for name in ("high_precision_steps", "clip_skip"):
+        if (getattr(args, name) or 0) < 0:
+            parser.error(f"--{name} must not be negative")
     for name in ("high_precision_steps", "no_paired_guidance"):
         if getattr(args, name) and args.quantized_model_name_or_path is None:
             parser.error(f"--{name} is for int8: give -qm too, or leave it out")
@@ -706,10 +730,6 @@ def share_input_quantizers(unet: UNet2DConditionModel) -> None:
                 layer.input_quantizer = first
 
 
-def pairs_guidance(args: argparse.Namespace) -> bool:
-    return bool(args.quantized_model_name_or_path) and args.guidance_scale > 1 and not args.no_paired_guidance
-
-
 def pair_guidance(unet: UNet2DConditionModel) -> None:
     """With guidance, the batch's second half is its first half with captions: quantize only what they change there.
 
@@ -734,44 +754,289 @@ def choose_dtype(args: argparse.Namespace) -> torch.dtype:
     return torch.bfloat16 if args.quantized_model_name_or_path is not None and fast_bf16 else torch.float32
 
 
+def checkpoint_name(args: argparse.Namespace) -> str:
+    """Folder or hub id to load; the id that Intel's example names is gone, a copy of it is there."""
+    name = args.pretrained_model_name_or_path
+    gone = name == "runwayml/stable-diffusion-v1-5" and not Path(name).is_dir()
+    return "stable-diffusion-v1-5/stable-diffusion-v1-5" if gone else name
+
+
 def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     """The checkpoint's pipeline, with the int8 UNet in place of its own where -qm is given.
 
     Raises:
-        UsageError: no Stable Diffusion 1.x/2.x there, or the file is for another architecture.
+        UsageError: no Stable Diffusion 1.x/2.x there, a part is damaged, or the file is for another architecture.
     """
-    name, dtype = args.pretrained_model_name_or_path, choose_dtype(args)
+    name, dtype = checkpoint_name(args), choose_dtype(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "runwayml/stable-diffusion-v1-5" and not Path(name).is_dir():
-        name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-        logger.info(f"runwayml/stable-diffusion-v1-5 has left the hub; using its copy {name}")
-    parts: dict[str, Any] = (
-        {"safety_checker": None, "requires_safety_checker": False} if args.disable_safety_checker else {}
-    )
-    try:
-        index = StableDiffusionPipeline.load_config(name)
-        if index.get("_class_name") != "StableDiffusionPipeline":
-            raise UsageError(f"-m {name}: a {index.get('_class_name')}; only StableDiffusionPipeline works (1.x, 2.x)")
-        if args.quantized_model_name_or_path is not None:
-            payload = read_quant_model(args.quantized_model_name_or_path)
-            check_architecture(payload, UNet2DConditionModel.load_config(name, subfolder="unet"), name)
-            parts["unet"] = build_int8_unet(payload, dtype, device)
-            del payload
-        pipeline = StableDiffusionPipeline.from_pretrained(name, dtype=dtype, **parts)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"-m {name}: {str(error).strip().splitlines()[0]}") from error
-    if args.scheduler is not None:
-        pipeline.scheduler = getattr(diffusers, SCHEDULERS[args.scheduler]).from_config(pipeline.scheduler.config)
-    if args.quantized_model_name_or_path is None:
-        pipeline.unet.to(memory_format=torch.channels_last)
-    pipeline.vae.to(memory_format=torch.channels_last)
-    if pairs_guidance(args):
+    if name != args.pretrained_model_name_or_path:
+        logger.info(f"{args.pretrained_model_name_or_path} has left the hub; using its copy {name}")
+    index = load_index(name, args)
+    unet_config = load_unet_config(name, args)
+    names = ("tokenizer", "text_encoder", "vae", "scheduler")
+    parts = {part: load_part(name, index, part, args, dtype) for part in names}
+    check_text_parts(parts["tokenizer"], parts["text_encoder"], unet_config, name)
+    if args.quantized_model_name_or_path is not None:
+        payload = read_quant_model(args.quantized_model_name_or_path)
+        check_architecture(payload, unet_config, name)
+        parts["unet"] = build_int8_unet(payload, dtype, device)
+        del payload
+    else:
+        parts["unet"] = load_part(name, index, "unet", args, dtype).to(memory_format=torch.channels_last)
+    parts["scheduler"] = choose_scheduler(parts["scheduler"], args)
+    parts["vae"].to(memory_format=torch.channels_last)
+    pipeline = add_safety_checker(name, index, parts, dtype, args)
+    pipeline.unet.register_to_config(sample_size=size_made_for(unet_config))  # int8 and fp32 alike
+    check_clip_skip(pipeline.text_encoder, args)
+    pipeline._guidance_scale = args.guidance_scale  # for guidance_doubles
+    if pairs_guidance(pipeline, args):
         pair_guidance(pipeline.unet)
     if args.compile:
         compile_unet(pipeline.unet)
     pipeline.unet.register_forward_pre_hook(to_unet_dtype, with_kwargs=True)
     pipeline.unet.register_forward_hook(to_fp32)
     return pipeline.to(device)
+
+
+def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """model_index.json, which names the class of the pipeline and of each part."""
+    folder = Path(name)
+    single = folder.suffix in (".safetensors", ".ckpt")
+    if (folder.exists() or single) and not (folder / "model_index.json").is_file():
+        raise UsageError(f"--pretrained_model_name_or_path {name}: {no_checkpoint(folder)}")
+    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UsageError(f"--pretrained_model_name_or_path {name}: no such folder, and no hub id such as owner/model")
+    try:
+        options = {"revision": args.revision, "cache_dir": args.cache_dir}
+        index = StableDiffusionPipeline.load_config(name, **options)
+        kind = index["_class_name"]
+    except Exception as error:  # of the hub, of JSON, ...
+        damaged = f"model_index.json is damaged, copy it again ({first_line(error)})"
+        reason = damaged if folder.exists() else f"no such folder, and not to be had from the hub: {first_line(error)}"
+        raise UsageError(f"--pretrained_model_name_or_path {name}: {reason}") from error
+    if kind not in PIPELINES:
+        raise UsageError(f"{name} is a {kind}; only StableDiffusionPipeline checkpoints (1.x, 2.x) are supported")
+    return index
+
+
+def no_checkpoint(path: Path) -> str:
+    """Why there is no model_index.json at the path, and what to give instead."""
+    single = ("*.safetensors", "*.ckpt")
+    files = sorted(file for kind in single for file in path.glob(kind)) if path.is_dir() else [path]
+    nested = [file.parent for below in ("*", "snapshots/*") for file in path.glob(f"{below}/model_index.json")]
+    if nested:
+        return f"the checkpoint is one level down: give {nested[0]}"
+    if (path.parent / "model_index.json").is_file():
+        return f"a part of a checkpoint: give the whole, {path.parent}"
+    if files:
+        convert = f"P.from_single_file('{files[0]}').save_pretrained('FOLDER')"
+        return (
+            "a single file is not read; make a diffusers folder of it, and give that: "
+            f'python -c "from diffusers import StableDiffusionPipeline as P; {convert}"'
+        )
+    return "no model_index.json in it: give the folder of a diffusers checkpoint, or a hub id"
+
+
+def load_part(
+    name: str, index: dict[str, Any], part: str, args: argparse.Namespace, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A part of the checkpoint, by the class that model_index.json names.
+
+    Raises:
+        UsageError: its class cannot work here, or its files are missing, cut short or damaged.
+    """
+    library, kind = index.get(part) or (None, None)
+    allowed = {"unet": ("UNet2DConditionModel",), "vae": VAES}.get(part, (kind,))
+    found = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    if kind is None or kind not in allowed or not hasattr(found, kind):
+        known = f"not {' or '.join(allowed)}" if kind not in allowed else "a class that diffusers does not have"
+        raise UsageError(f"{name}: its {part} is {kind and f'{library}.{kind}'}, {known}: it cannot be used here")
+    options: dict[str, Any] = {"subfolder": part, "revision": args.revision, "cache_dir": args.cache_dir}
+    missing = []
+    try:
+        if part in ("tokenizer", "scheduler"):
+            return getattr(found, kind).from_pretrained(name, **options)
+        options |= {"dtype": dtype, "output_loading_info": True}
+        try:
+            loaded, info = getattr(found, kind).from_pretrained(name, variant=args.variant, **options)
+        except OSError:
+            if args.variant is None or args.variant in variants(Path(name, part)):
+                raise
+            loaded, info = getattr(found, kind).from_pretrained(name, **options)
+            logger.info(f"the {part} has no variant {args.variant}: its plain weights are used")
+        missing = [key for key in info["missing_keys"] if "pooler" not in key]  # BERT's, which nothing reads
+    except Exception as error:  # each library fails in ways of its own
+        raise UsageError(f"{name}: {part_problem(Path(name), part, args.variant, error)}") from error
+    if missing:
+        raise UsageError(f"{name}: its {part} lacks {len(missing)} tensors, such as {min(missing)}: copy it again")
+    return loaded
+
+
+def variants(folder: Path) -> set[str | None]:
+    """Of the weights in a part's folder; None stands for the plain ones."""
+    pattern = r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+    names = [file.name for file in folder.glob("*")]
+    return {match[1] for match in (re.fullmatch(pattern, name) for name in names) if match}
+
+
+def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseException) -> str:
+    """Why a part could not be loaded, and what to do about it; libraries name neither the part nor the remedy."""
+    folder = checkpoint / part
+    if not checkpoint.is_dir():  # the hub's
+        return f"its {part} could not be loaded: {first_line(error)}"
+    if not folder.is_dir():
+        return f"it has no folder {part}: copy the whole checkpoint"
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        with open(file, "rb") as opened:
+            head = opened.read(40)
+        if head.startswith(b"version https://git-lfs"):
+            return f"{part}/{file.name} is a pointer of Git LFS, not the file itself: git lfs pull brings it"
+        if not head:
+            return f"{part}/{file.name} is empty: copy it again"
+    there = variants(folder)
+    if part not in ("tokenizer", "scheduler") and (folder / "config.json").is_file() and not there & {variant, None}:
+        found = f"only the variant {max(there)}: give --variant {max(there)}" if there else "no weights: copy them"
+        return f"its {part} has {found}"
+    return f"its {part} is damaged or incomplete ({first_line(error)}): copy the folder {part} again"
+
+
+def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the checkpoint's UNet.
+
+    Raises:
+        UsageError: there are none, or its inputs are not those of Stable Diffusion 1.x/2.x.
+    """
+    try:
+        options = {"revision": args.revision, "cache_dir": args.cache_dir}
+        config = dict(UNet2DConditionModel.load_config(name, subfolder="unet", **options))
+    except Exception as error:  # of the hub, of JSON, ...
+        raise UsageError(f"{name}: {part_problem(Path(name), 'unet', args.variant, error)}") from error
+    for key in ("class_embed_type", "num_class_embeds", "addition_embed_type"):
+        if config.get(key) is not None:
+            raise UsageError(f"{name}: its UNet wants more than a caption ({key}), which is not supported")
+    return config
+
+
+def check_text_parts(tokenizer: Any, text_encoder: Any, unet_config: Any, name: str) -> None:
+    """Tokenizer, text encoder and UNet must fit each other; gives the tokenizer the length that the encoder reads.
+
+    Raises:
+        UsageError: they do not, or the tokenizer has lost its vocabulary.
+    """
+    own = [token for token in list(tokenizer.get_vocab())[:1000] if token not in tokenizer.all_special_tokens]
+    if len({frozenset(ids) for ids in tokenizer(TEST_WORDS + own).input_ids}) == 1:
+        raise UsageError(f"{name}: its tokenizer knows no words: copy the folder tokenizer with its vocabulary again")
+    highest, readable = max(tokenizer.get_vocab().values()), text_encoder.get_input_embeddings().num_embeddings
+    if highest >= readable:
+        raise UsageError(
+            f"{name}: its tokenizer has ids up to {highest}, its text encoder reads {readable} of them: they are of "
+            "different checkpoints, or tokens were added without resize_token_embeddings"
+        )
+    positions = getattr(text_encoder.config, "max_position_embeddings", None)
+    if positions is not None and "roberta" in text_encoder.config.model_type:
+        positions -= text_encoder.config.pad_token_id + 1  # its positions begin after the padding's
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or 77)
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        raise UsageError(f"{name}: its text encoder wants attention masks, which are not supported")
+    width = unet_config.get("encoder_hid_dim") or unet_config["cross_attention_dim"]
+    widths = set(width) if isinstance(width, (list, tuple)) else {width}
+    ids = tokenizer("a", padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        made = list(text_encoder(ids)[0].shape)
+    if len(made) != 3 or widths != {made[2]}:
+        kind, wanted = type(text_encoder).__name__, f"[1, {made[1]}, {max(widths)}]"
+        raise UsageError(f"{name}: its text encoder, {kind}, makes {made} of a caption, its UNet reads {wanted}")
+
+
+def add_safety_checker(
+    name: str, index: dict[str, Any], parts: dict[str, Any], dtype: torch.dtype, args: argparse.Namespace
+) -> StableDiffusionPipeline:
+    """The pipeline of the parts, with the checkpoint's safety checker, if it has one and --disable_... is not given."""
+    if args.disable_safety_checker or not (index.get("safety_checker") or [None])[0]:
+        rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return StableDiffusionPipeline(**parts, **rest)
+    options = {"revision": args.revision, "cache_dir": args.cache_dir, "dtype": dtype}
+    if args.variant in variants(Path(name, "safety_checker")):
+        options["variant"] = args.variant
+    try:
+        return StableDiffusionPipeline.from_pretrained(name, **parts, **options)
+    except Exception as error:  # each library fails in ways of its own
+        problem = part_problem(Path(name), "safety_checker", args.variant, error)
+        raise UsageError(f"{name}: {problem}, or give --disable_safety_checker") from error
+
+
+def choose_scheduler(saved: Any, args: argparse.Namespace) -> Any:
+    """The sampler that is asked for, or the checkpoint's own.
+
+    Of the checkpoint's settings only what the UNet was trained with goes over to another sampler: what else stands
+    there are the defaults of the sampler that it was saved with, and with them pictures would be others (DDIM clips
+    its samples unless it is told not to, which a checkpoint saved with Euler does not say).
+    """
+    chosen = saved
+    if args.scheduler is not None:
+        kind = getattr(diffusers, SCHEDULERS[args.scheduler])
+        settings = SAMPLER_SETTINGS | {key: saved.config[key] for key in TRAINED_WITH if key in saved.config}
+        if "beta_start" not in settings and "trained_betas" not in settings:
+            raise UsageError(
+                f"--scheduler: leave it out, the checkpoint's {type(saved).__name__} has no betas to go by"
+            )
+        if (
+            saved.config.get("timestep_spacing") == "trailing"
+        ):  # no sampler's default: the model wants the last timestep
+            settings["timestep_spacing"] = "trailing"
+        known = inspect.signature(kind.__init__).parameters
+        chosen = kind(**{key: value for key, value in settings.items() if key in known})
+    try:
+        chosen.set_timesteps(args.num_inference_steps)
+    except Exception as error:  # more steps than the sampler has, say
+        raise UsageError(f"--num_inference_steps {args.num_inference_steps}: {first_line(error)}") from error
+    return chosen
+
+
+def check_clip_skip(text_encoder: Any, args: argparse.Namespace) -> None:
+    if args.clip_skip is None:
+        return
+    if not hasattr(text_encoder, "final_layer_norm"):
+        raise UsageError(f"--clip_skip is for CLIP: the checkpoint's text encoder is a {type(text_encoder).__name__}")
+    layers = text_encoder.config.num_hidden_layers
+    if args.clip_skip >= layers:
+        raise UsageError(f"--clip_skip {args.clip_skip}: the text encoder has {layers} layers")
+    # where diffusers looks for the layer norm, and transformers 5 no longer has it; as no module of its own, no part
+    text_encoder.__dict__["text_model"] = text_encoder
+
+
+def guidance_doubles(pipeline: StableDiffusionPipeline) -> bool:
+    """Whether a batch has each picture twice, without and with its caption; not if the UNet takes the scale itself."""
+    return pipeline.do_classifier_free_guidance
+
+
+def pairs_guidance(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> bool:
+    return bool(args.quantized_model_name_or_path) and guidance_doubles(pipeline) and not args.no_paired_guidance
+
+
+def size_made_for(unet_config: dict[str, Any]) -> list[int] | None:
+    """Latent height and width that a checkpoint's UNet was trained for, None where its config does not say."""
+    size = unet_config.get("sample_size")
+    if not isinstance(size, int):
+        return list(size) if isinstance(size, (list, tuple)) else None
+    old = version.parse(unet_config.get("_diffusers_version", "0")) < version.parse("0.9.0.dev0")
+    return [64, 64] if old and size < 64 else [size, size]  # they said 32, and the pipelines correct it
+
+
+def picture_size(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> tuple[int, int]:
+    """Height and width in pixels: as asked for, else what the checkpoint was made for.
+
+    Raises:
+        UsageError: the checkpoint does not say, or its VAE makes no such pictures.
+    """
+    pixels = pipeline.vae_scale_factor
+    default = [edge * pixels for edge in pipeline.unet.config.sample_size or (0, 0)]
+    height, width = args.height or default[0], args.width or default[1]
+    if not height or not width:
+        raise UsageError(f"-m {args.pretrained_model_name_or_path} names no size: give --height and --width")
+    if height % pixels or width % pixels:
+        raise UsageError(f"--height {height} --width {width}: the checkpoint's VAE needs multiples of {pixels}")
+    return height, width
 
 
 def compile_unet(unet: UNet2DConditionModel) -> None:
@@ -788,6 +1053,8 @@ def compile_unet(unet: UNet2DConditionModel) -> None:
 def check_architecture(payload: dict[str, Any], base_config: dict[str, Any], name: str) -> None:
     """The file's UNet must be the checkpoint's: its text encoder and VAE fit no other, and no other gets built."""
     for key, default in unet_defaults().items():
+        if key == "sample_size":  # of pictures, not of weights; diffusers corrects that of old checkpoints
+            continue
         ours, theirs = payload["unet_config"].get(key, default), base_config.get(key, default)
         if not same_setting(ours, theirs):
             raise UsageError(
@@ -871,8 +1138,7 @@ class PrecisionSwitch:
 def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Namespace) -> list[Painting]:
     """Denoise, decode and check one batch of pictures."""
     began = time.perf_counter()
-    default = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    height, width = args.height or default, args.width or default
+    height, width = picture_size(pipeline, args)
     latents = pipeline(
         [job.caption for job in jobs],
         height=height,
@@ -883,6 +1149,7 @@ def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Nam
         generator=[torch.Generator().manual_seed(job.seed) for job in jobs],  # for samplers that add noise
         latents=initial_latents(pipeline, jobs, height, width).to(pipeline.device),
         output_type="latent",
+        clip_skip=args.clip_skip,
         callback_on_step_end=PrecisionSwitch(pipeline.unet, args.high_precision_steps),
     ).images
     vae = pipeline.vae
@@ -937,8 +1204,12 @@ def save_png(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
     for key, value in facts.items():
         text.add_itxt(key, str(value))
     partial = path.with_name(path.name + ".partial")
-    image.save(partial, format="PNG", pnginfo=text)
-    os.replace(partial, path)
+    try:
+        image.save(partial, format="PNG", pnginfo=text)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"{path} was not written: {error.strerror or first_line(error)}") from error
 
 
 def save_painting(painting: Painting, facts: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -974,23 +1245,43 @@ def save_grid(images: list[Image.Image], name: str, facts: dict[str, Any], args:
 
 
 def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
-    """What is true of every picture of this run."""
+    """What is true of every picture of this run: what was done, which may not be what was asked."""
+    height, width = picture_size(pipeline, args)
     file = args.quantized_model_name_or_path and quant_model_file(args.quantized_model_name_or_path)
     around = {torch.float32: "fp32", torch.bfloat16: "bf16"}[pipeline.vae.dtype]
-    size = file.stat().st_size if file else sum(4 * parameter.numel() for parameter in pipeline.unet.parameters())
+    weights = file.stat().st_size if file else sum(4 * weight.numel() for weight in pipeline.unet.parameters())
+    doubled = guidance_doubles(pipeline)
     return {
         "steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        "negative_prompt": args.negative_prompt,
+        "height": height,
+        "width": width,
+        "guidance_scale": args.guidance_scale if doubled or pipeline.unet.config.time_cond_proj_dim else 1.0,
+        "negative_prompt": args.negative_prompt if doubled else None,
         "scheduler": type(pipeline.scheduler).__name__,
+        "clip_skip": args.clip_skip,
         "high_precision_steps": args.high_precision_steps,
-        "paired_guidance": pairs_guidance(args),
+        "paired_guidance": pairs_guidance(pipeline, args),
         "model": args.pretrained_model_name_or_path,
+        "variant": args.variant,
         "quant_model": str(file) if file else None,
         "precision": "int8" if file else around,
         "dtype": around,
-        "unet_mb": round(size / 1e6, 1),
+        "unet_mb": round(weights / 1e6, 1),
     }
+
+
+def say_what_is_cut(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> None:
+    """Name the words that the text encoder does not read, and a negative prompt that nothing reads."""
+    tokenizer, length = pipeline.tokenizer, pipeline.tokenizer.model_max_length
+    for prompt in filter(None, [*dict.fromkeys(args.captions), args.negative_prompt]):
+        ids = tokenizer(pipeline.maybe_convert_prompt(prompt, tokenizer)).input_ids
+        if len(ids) > length:
+            cut = tokenizer.decode(ids[length - 1 : -1])
+            logger.warning(
+                f"the text encoder reads {length} of {len(ids)} tokens of {prompt[:60]!r}...; cut off: {cut[:1000]!r}"
+            )
+    if args.negative_prompt is not None and not guidance_doubles(pipeline):
+        logger.warning("--negative_prompt has no effect here: without guidance, or with a UNet that takes its scale")
 
 
 def keep_freed_memory() -> None:
@@ -1010,12 +1301,16 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from error
     pipeline = load_pipeline(args)  # the checkpoint, with the int8 UNet where -qm is given
     pipeline.set_progress_bar_config(disable=True)
+    say_what_is_cut(pipeline, args)
     facts = run_facts(pipeline, args)
-    kind, size, around = facts["precision"], facts["unet_mb"], facts["dtype"]
-    logger.info(f"{kind} UNet ({size} MB), {around} elsewhere, {torch.get_num_threads()} threads")
+    kind, weights, around = facts["precision"], facts["unet_mb"], facts["dtype"]
+    logger.info(f"{kind} UNet ({weights} MB), {around} elsewhere, {torch.get_num_threads()} threads")
     jobs = [Job(caption, k, args.seed + k) for caption in args.captions for k in range(args.images_num)]
     waiting: list[Painting] = []  # pictures of the caption at hand, until its grid is complete
     failed = 0
@@ -1043,5 +1338,7 @@ if __name__ == "__main__":
     try:
         main()
     except UsageError as error:
+        if "--debug" in sys.argv:
+            logging.exception("the traceback of the error below")
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

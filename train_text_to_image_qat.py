@@ -23,15 +23,18 @@ import csv
 import glob
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
+import tarfile
 import time
 import warnings
 import zipfile
@@ -43,7 +46,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # Importing these libraries on a CPU prints notices about GPU parts that are not there.
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("LOGLEVEL", "ERROR")  # of neural-compressor
 # Large tensors in huge pages: they come and go with every step, and page faults would take a quarter of its time.
@@ -61,14 +64,8 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, gather_object
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from neural_compressor.common.base_config import DEFAULT_WHITE_LIST, register_config
@@ -76,10 +73,10 @@ from neural_compressor.common.utils import Mode
 from neural_compressor.torch.quantization import convert, prepare
 from neural_compressor.torch.quantization.config import TorchBaseConfig
 from neural_compressor.torch.utils.utility import register_algo
-from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("train")
 
@@ -99,14 +96,26 @@ FACTOR_RATE, FACTOR_STEPS = 0.3, 1 / 3
 MAX_BAD_SHARE = 0.1  # stop when more than this share of the pictures cannot be read
 MAX_TRIES = 20  # pictures in a row that may be unreadable
 # Only these decoders are tried: Pillow would hand a file that starts with "%!PS" to Ghostscript, whatever its name.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF"]
+if importlib.util.find_spec("pillow_heif"):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    IMAGE_FORMATS.append("HEIF")
+# Programs that make pictures write their whole workflow into a PNG; Pillow would refuse above 1 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20, 128 << 20
 MAX_BAD_STEPS = 5  # stop after so many non-finite losses in a row
 COMPILE_ABOVE = 100_000_000  # parameters: smaller UNets train in the time that compiling takes
 BF16_ABOVE = 100_000_000  # likewise: smaller ones train in fp32 in minutes, and bf16's rounding hides what weights err
+GUIDANCE_SCALES = 1.0, 14.0  # that are trained with, where the UNet takes them as an input (LCM, arXiv 2310.04378)
 STREAM_BLOCK = 256  # pairs that --streaming reads and shuffles at a time, undecoded
 # accelerate launch passes no signals on, and a launcher may be killed: its end counts as SIGTERM
 LAUNCHER = os.getppid() if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None
-TAR_COLUMNS = ["jpg", "jpeg", "png", "webp"]  # the pictures in a webdataset, by extension
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
+# Where nothing else is asked for: in a webdataset, the members' extensions are the columns' names.
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "avif", "heic", "img", "picture")
+CAPTION_COLUMNS = ("text", "txt", "caption", "json")
+CAPTIONS_LOOKED_AT = 20_000  # at the start, for what is said about them
 
 
 # ---------------------------------------------------------------- arguments
@@ -217,6 +226,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     text = "tracker of accelerate (tensorboard, wandb, ...), or none; by default tensorboard if it is installed"
     add("--report_to", help=text)
     add("--logging_dir", default="logs", help="of the tracker, inside --output_dir")
+    add("--debug", action="store_true", help="show the traceback with an error")
     add("--push_to_hub", action="store_true", help="upload quant_model.pt and the validation pictures")
     add("--hub_token", help="token to push with, if not the one of `hf auth login`")
     add("--hub_model_id", help="repository to push to, if not the name of --output_dir")
@@ -311,7 +321,7 @@ def unet_size(args: argparse.Namespace) -> int:
         config = UNet2DConditionModel.load_config(checkpoint_name(args), subfolder="unet", **options)
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(config)
-    except (OSError, ValueError, TypeError):
+    except Exception:
         return 0
     return sum(parameter.numel() for parameter in unet.parameters())
 
@@ -338,7 +348,10 @@ def start(args: argparse.Namespace) -> Accelerator:
     for engine in ("DeepSpeed", "FSDP", "Megatron_LM"):  # before accelerate looks for their packages
         if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true":
             raise UsageError(f"accelerate is set up for {engine}; this script supports plain data parallelism only")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from error
     args.mixed_precision = precision = choose_precision(args)  # a resumed run must have the same
     accelerator = Accelerator(
         cpu=args.use_cpu,
@@ -371,16 +384,23 @@ def generator_for(seed: int, *key: Any) -> torch.Generator:
 
 # ---------------------------------------------------------------- the model
 
+# Pipelines of the same parts; a checkpoint may have been saved by any of them.
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline")
+VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE")
+# A tokenizer gives some of these different ids, unless it has lost its vocabulary.
+TEST_WORDS = ["cat", "house", "sky", "water", "кот", "небо", "家", "空", "水", "集"]
+
 
 @dataclass
 class Pipeline:
     """The parts of a Stable Diffusion checkpoint; only the UNet learns."""
 
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    vae: AutoencoderKL
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: PreTrainedModel
+    vae: ModelMixin
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
+    sampler: SchedulerMixin  # the checkpoint's own, for validation
 
 
 def checkpoint_name(args: argparse.Namespace) -> str:
@@ -391,38 +411,190 @@ def checkpoint_name(args: argparse.Namespace) -> str:
 
 
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Pipeline:
-    """Load the parts one by one (the safety checker is not needed here).
+    """Load the parts one by one, by the classes that model_index.json names (the safety checker is not needed here).
 
     Raises:
-        UsageError: the folder or id holds no Stable Diffusion 1.x/2.x text-to-image model.
+        UsageError: the folder or id holds no Stable Diffusion 1.x/2.x text-to-image model, or a part is damaged.
     """
     name = checkpoint_name(args)
     if name != args.pretrained_model_name_or_path:
         logger.info(f"{args.pretrained_model_name_or_path} has left the hub; using its copy {name}")
-    options = {"revision": args.revision, "cache_dir": args.cache_dir}
-    try:
-        index = DiffusionPipeline.load_config(name, **options)
-        if index.get("_class_name") != "StableDiffusionPipeline":
-            kind = index.get("_class_name")
-            raise UsageError(f"{name} is a {kind}; only StableDiffusionPipeline checkpoints (1.x, 2.x) are supported")
-        weights = {**options, "variant": args.variant}
-        pipeline = Pipeline(
-            tokenizer=CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options),
-            text_encoder=CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32, **weights),
-            vae=AutoencoderKL.from_pretrained(name, subfolder="vae", dtype=torch.float32, **weights),
-            unet=UNet2DConditionModel.from_pretrained(name, subfolder="unet", dtype=torch.float32, **weights),
-            noise_scheduler=DDPMScheduler.from_pretrained(name, subfolder="scheduler", **options),
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--pretrained_model_name_or_path {name}: {first_line(error)}") from error
+    index = load_index(name, args)
+    unet_config = load_unet_config(name, args)
+    unet = load_part(name, index, "unet", args)
+    sampler = load_part(name, index, "scheduler", args)
+    if "beta_start" not in sampler.config and "trained_betas" not in sampler.config:
+        raise UsageError(f"{name}: its scheduler, {type(sampler).__name__}, has no betas to noise pictures by")
+    pipeline = Pipeline(
+        tokenizer=load_part(name, index, "tokenizer", args),
+        text_encoder=load_part(name, index, "text_encoder", args),
+        vae=load_part(name, index, "vae", args),
+        unet=unet,
+        noise_scheduler=DDPMScheduler.from_config(sampler.config),
+        sampler=sampler,
+    )
+    check_text_parts(pipeline.tokenizer, pipeline.text_encoder, unet_config, name)
     if pipeline.noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UsageError(f"{name}: unknown prediction type {pipeline.noise_scheduler.config.prediction_type}")
-    if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
-        channels = pipeline.unet.config.in_channels
+    if unet.config.in_channels != pipeline.vae.config.latent_channels:
+        channels = unet.config.in_channels
         raise UsageError(f"{name}: its UNet takes {channels} channels; only text-to-image models are supported")
+    pixels = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    if args.resolution % pixels:
+        raise UsageError(f"--resolution {args.resolution}: the VAE of {name} needs a multiple of {pixels}")
     pipeline.text_encoder.requires_grad_(False).to(accelerator.device)
     pipeline.vae.requires_grad_(False).to(accelerator.device, memory_format=torch.channels_last)
     return pipeline
+
+
+def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """model_index.json, which names the class of the pipeline and of each part."""
+    folder = Path(name)
+    single = folder.suffix in (".safetensors", ".ckpt")
+    if (folder.exists() or single) and not (folder / "model_index.json").is_file():
+        raise UsageError(f"--pretrained_model_name_or_path {name}: {no_checkpoint(folder)}")
+    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UsageError(f"--pretrained_model_name_or_path {name}: no such folder, and no hub id such as owner/model")
+    try:
+        options = {"revision": args.revision, "cache_dir": args.cache_dir}
+        index = StableDiffusionPipeline.load_config(name, **options)
+        kind = index["_class_name"]
+    except Exception as error:  # of the hub, of JSON, ...
+        damaged = f"model_index.json is damaged, copy it again ({first_line(error)})"
+        reason = damaged if folder.exists() else f"no such folder, and not to be had from the hub: {first_line(error)}"
+        raise UsageError(f"--pretrained_model_name_or_path {name}: {reason}") from error
+    if kind not in PIPELINES:
+        raise UsageError(f"{name} is a {kind}; only StableDiffusionPipeline checkpoints (1.x, 2.x) are supported")
+    return index
+
+
+def no_checkpoint(path: Path) -> str:
+    """Why there is no model_index.json at the path, and what to give instead."""
+    single = ("*.safetensors", "*.ckpt")
+    files = sorted(file for kind in single for file in path.glob(kind)) if path.is_dir() else [path]
+    nested = [file.parent for below in ("*", "snapshots/*") for file in path.glob(f"{below}/model_index.json")]
+    if nested:
+        return f"the checkpoint is one level down: give {nested[0]}"
+    if (path.parent / "model_index.json").is_file():
+        return f"a part of a checkpoint: give the whole, {path.parent}"
+    if files:
+        convert = f"P.from_single_file('{files[0]}').save_pretrained('FOLDER')"
+        return (
+            "a single file is not read; make a diffusers folder of it, and give that: "
+            f'python -c "from diffusers import StableDiffusionPipeline as P; {convert}"'
+        )
+    return "no model_index.json in it: give the folder of a diffusers checkpoint, or a hub id"
+
+
+def load_part(
+    name: str, index: dict[str, Any], part: str, args: argparse.Namespace, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A part of the checkpoint, by the class that model_index.json names.
+
+    Raises:
+        UsageError: its class cannot work here, or its files are missing, cut short or damaged.
+    """
+    library, kind = index.get(part) or (None, None)
+    allowed = {"unet": ("UNet2DConditionModel",), "vae": VAES}.get(part, (kind,))
+    found = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    if kind is None or kind not in allowed or not hasattr(found, kind):
+        known = f"not {' or '.join(allowed)}" if kind not in allowed else "a class that diffusers does not have"
+        raise UsageError(f"{name}: its {part} is {kind and f'{library}.{kind}'}, {known}: it cannot be used here")
+    options: dict[str, Any] = {"subfolder": part, "revision": args.revision, "cache_dir": args.cache_dir}
+    missing = []
+    try:
+        if part in ("tokenizer", "scheduler"):
+            return getattr(found, kind).from_pretrained(name, **options)
+        options |= {"dtype": dtype, "output_loading_info": True}
+        try:
+            loaded, info = getattr(found, kind).from_pretrained(name, variant=args.variant, **options)
+        except OSError:
+            if args.variant is None or args.variant in variants(Path(name, part)):
+                raise
+            loaded, info = getattr(found, kind).from_pretrained(name, **options)
+            logger.info(f"the {part} has no variant {args.variant}: its plain weights are used")
+        missing = [key for key in info["missing_keys"] if "pooler" not in key]  # BERT's, which nothing reads
+    except Exception as error:  # each library fails in ways of its own
+        raise UsageError(f"{name}: {part_problem(Path(name), part, args.variant, error)}") from error
+    if missing:
+        raise UsageError(f"{name}: its {part} lacks {len(missing)} tensors, such as {min(missing)}: copy it again")
+    return loaded
+
+
+def variants(folder: Path) -> set[str | None]:
+    """Of the weights in a part's folder; None stands for the plain ones."""
+    pattern = r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+    names = [file.name for file in folder.glob("*")]
+    return {match[1] for match in (re.fullmatch(pattern, name) for name in names) if match}
+
+
+def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseException) -> str:
+    """Why a part could not be loaded, and what to do about it; libraries name neither the part nor the remedy."""
+    folder = checkpoint / part
+    if not checkpoint.is_dir():  # the hub's
+        return f"its {part} could not be loaded: {first_line(error)}"
+    if not folder.is_dir():
+        return f"it has no folder {part}: copy the whole checkpoint"
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        with open(file, "rb") as opened:
+            head = opened.read(40)
+        if head.startswith(b"version https://git-lfs"):
+            return f"{part}/{file.name} is a pointer of Git LFS, not the file itself: git lfs pull brings it"
+        if not head:
+            return f"{part}/{file.name} is empty: copy it again"
+    there = variants(folder)
+    if part not in ("tokenizer", "scheduler") and (folder / "config.json").is_file() and not there & {variant, None}:
+        found = f"only the variant {max(there)}: give --variant {max(there)}" if there else "no weights: copy them"
+        return f"its {part} has {found}"
+    return f"its {part} is damaged or incomplete ({first_line(error)}): copy the folder {part} again"
+
+
+def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the checkpoint's UNet.
+
+    Raises:
+        UsageError: there are none, or its inputs are not those of Stable Diffusion 1.x/2.x.
+    """
+    try:
+        options = {"revision": args.revision, "cache_dir": args.cache_dir}
+        config = dict(UNet2DConditionModel.load_config(name, subfolder="unet", **options))
+    except Exception as error:  # of the hub, of JSON, ...
+        raise UsageError(f"{name}: {part_problem(Path(name), 'unet', args.variant, error)}") from error
+    for key in ("class_embed_type", "num_class_embeds", "addition_embed_type"):
+        if config.get(key) is not None:
+            raise UsageError(f"{name}: its UNet wants more than a caption ({key}), which is not supported")
+    return config
+
+
+def check_text_parts(tokenizer: Any, text_encoder: Any, unet_config: Any, name: str) -> None:
+    """Tokenizer, text encoder and UNet must fit each other; gives the tokenizer the length that the encoder reads.
+
+    Raises:
+        UsageError: they do not, or the tokenizer has lost its vocabulary.
+    """
+    own = [token for token in list(tokenizer.get_vocab())[:1000] if token not in tokenizer.all_special_tokens]
+    if len({frozenset(ids) for ids in tokenizer(TEST_WORDS + own).input_ids}) == 1:
+        raise UsageError(f"{name}: its tokenizer knows no words: copy the folder tokenizer with its vocabulary again")
+    highest, readable = max(tokenizer.get_vocab().values()), text_encoder.get_input_embeddings().num_embeddings
+    if highest >= readable:
+        raise UsageError(
+            f"{name}: its tokenizer has ids up to {highest}, its text encoder reads {readable} of them: they are of "
+            "different checkpoints, or tokens were added without resize_token_embeddings"
+        )
+    positions = getattr(text_encoder.config, "max_position_embeddings", None)
+    if positions is not None and "roberta" in text_encoder.config.model_type:
+        positions -= text_encoder.config.pad_token_id + 1  # its positions begin after the padding's
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or 77)
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        raise UsageError(f"{name}: its text encoder wants attention masks, which are not supported")
+    width = unet_config.get("encoder_hid_dim") or unet_config["cross_attention_dim"]
+    widths = set(width) if isinstance(width, (list, tuple)) else {width}
+    ids = tokenizer("a", padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        made = list(text_encoder(ids)[0].shape)
+    if len(made) != 3 or widths != {made[2]}:
+        kind, wanted = type(text_encoder).__name__, f"[1, {made[1]}, {max(widths)}]"
+        raise UsageError(f"{name}: its text encoder, {kind}, makes {made} of a caption, its UNet reads {wanted}")
 
 
 def split(unet: UNet2DConditionModel, accelerator: Accelerator) -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
@@ -435,7 +607,7 @@ def split(unet: UNet2DConditionModel, accelerator: Accelerator) -> tuple[UNet2DC
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def reason_of(error: BaseException) -> str:
@@ -446,51 +618,226 @@ def reason_of(error: BaseException) -> str:
     return first_line(next((link for link in chain if isinstance(link, OSError)), error))
 
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------------------------------- data: captions
 
 
-def read_metadata(folder: Path, image_column: str, caption_column: str) -> list[tuple[str, str]]:
-    """(path, caption) of every row of the folder's metadata.jsonl or metadata.csv.
+def kind_of(value: Any) -> str:
+    """What a value is, for a message: its type, and of a dict the first keys, never the content."""
+    return f"dict with the keys {listed(value)}" if isinstance(value, dict) else type(value).__name__
+
+
+def listed(names: Iterable[Any], most: int = 12) -> str:
+    """Names in one line, the first of them where there are many."""
+    names = [str(name)[:60] for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def captions_of(value: Any, names: list[str] | None = None) -> list[str]:
+    """The captions in a field of metadata, of a dataset or of a tar; none where it is missing or blank.
+
+    Text is a caption, a number its digits or, where there are `names`, that class's name; a list holds several
+    captions, a dict one under "caption" or "text".
 
     Raises:
-        UsageError: there is none, there are two, a column is missing, or a path leaves the folder.
+        ValueError: anything else; says what it is.
     """
-    found = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
-    if len(found) != 1:
-        problem = f"no metadata.jsonl: run python create_metadata.py --image_path '{folder}'"
-        if found:
-            problem = f"both {found[0].name} and {found[1].name} are there: delete one"
-        elif any(folder.glob("*.tar")):
-            problem = "tars are read with --streaming: add it"
-        raise UsageError(f"--train_data_dir {folder}: {problem}")
-    root, rows = os.path.normpath(folder), []
-    with open(found[0], encoding="utf-8-sig", newline="") as file:
-        lines = (
-            csv.DictReader(file) if found[0].suffix == ".csv" else (json.loads(line) for line in file if line.strip())
-        )
-        try:
-            for number, row in enumerate(lines, 1):
-                for column, flag in ((image_column, "--image_column"), (caption_column, "--caption_column")):
-                    if column not in row:
-                        raise UsageError(
-                            f"{found[0]}, row {number}: no {column!r} among {', '.join(map(str, row))}; see {flag}"
-                        )
-                path = os.path.normpath(os.path.join(root, row[image_column]))
-                if not path.startswith(root + os.sep) and root != ".":
-                    raise UsageError(f"{found[0]}, row {number}: {row[image_column]} lies outside the folder")
-                rows.append((path, "" if row[caption_column] is None else str(row[caption_column])))
-        except (ValueError, TypeError, RecursionError, csv.Error) as error:
-            raise UsageError(
-                f"{found[0]}: {first_line(error)}; write it again with create_metadata.py --overwrite"
-            ) from error
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if value is None or value != value:  # NaN is how tables of numbers say that something is missing
+        return []
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        return [value] if value.strip() else []
+    if names is not None and type(value) is int:
+        return [names[value]] if 0 <= value < len(names) else []  # -1: no class is known
+    if type(value) in (int, float):
+        return [str(value)]
+    if isinstance(value, dict) and not value.keys().isdisjoint(("caption", "text")):
+        return captions_of(value["caption" if "caption" in value else "text"], names)
+    if isinstance(value, (list, tuple)):
+        if names is None and any(type(item) in (int, float) for item in value):
+            raise ValueError("a caption cannot be a list of numbers")
+        return [caption for item in value for caption in captions_of(item, names)]
+    raise ValueError(f"a caption cannot be a {kind_of(value)}")
+
+
+@dataclass
+class Columns:
+    """Where a dataset has pictures and captions: the first column that has one counts. COLUMN.KEY is a dict's entry."""
+
+    images: list[str]
+    captions: list[str]
+    class_names: list[str] | None = None  # of the captions, where they are class labels
+
+    def names(self, columns: Iterable[str]) -> list[str]:
+        """All that have to be read, of these."""
+        captions = [name if name in columns else name.partition(".")[0] for name in self.captions]
+        return list(dict.fromkeys([*self.images, *captions]))
+
+    def picture(self, row: dict[str, Any]) -> Any:
+        """Unread, None where there is none."""
+        return next((row[name] for name in self.images if row.get(name) is not None), None)
+
+    def captions_in(self, row: dict[str, Any], where: str) -> list[str]:
+        for name in self.captions:
+            column, _, key = (name, "", "") if name in row else name.partition(".")
+            value = row.get(column)
+            try:
+                if key:
+                    value = [item[key] for item in value] if isinstance(value, list) else (value or {})[key]
+                found = captions_of(value, self.class_names)
+            except (ValueError, TypeError, KeyError) as error:
+                problem = f"no {key!r} in a {kind_of(value)}" if key else first_line(error)
+                hint = f": give --caption_column {column}.KEY" if "with the keys" in problem else ""
+                raise UsageError(f"{where}, {column}: {problem}{hint}") from error
+            if found:
+                return found
+        return []
+
+
+def caption_columns(asked_for: str, columns: Iterable[str]) -> list[str]:
+    """Those that --caption_column means among these; several where it has its default."""
+    if asked_for == "text":
+        return [name for name in CAPTION_COLUMNS if name in columns]
+    return [asked_for] if asked_for in columns or asked_for.partition(".")[0] in columns else []
+
+
+# ---------------------------------------------------------------- data: a folder and its metadata
+
+
+def find_metadata(folder: Path) -> Path:
+    """The metadata file of a picture folder.
+
+    Raises:
+        UsageError: there is none, or there are two; says what is there instead, and what to do.
+    """
+    found = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
+    if len(found) == 1 or [file.suffix for file in found[1:]] == [".json"]:  # the last is somebody else's
+        return found[0]
+    problem = f"no metadata.jsonl; {instead_of_metadata(folder)}"
+    if found:
+        problem = f"both {found[0].name} and {found[1].name} are there: delete one"
+    raise UsageError(f"--train_data_dir {folder}: {problem}")
+
+
+def instead_of_metadata(folder: Path) -> str:
+    """What a folder without metadata holds, and what to do about it."""
+    nearby = [path for name in METADATA_NAMES for path in (*folder.glob(f"*/{name}"), folder.resolve().parent / name)]
+    nearby = sorted({path.parent for path in nearby if path.is_file()})
+    if nearby:
+        return f"it is in {', '.join(map(str, nearby[:2]))}: give that folder"
+    suffixes = {path.suffix.lower() for path in itertools.chain(folder.glob("*"), folder.glob("*/*"))}
+    if ".tar" in suffixes:
+        return "tars are read with --streaming: add it"
+    tables = sorted(
+        path.name for path in folder.iterdir() if path.suffix[:5].lower() in (".json", ".csv", ".tsv", ".parq")
+    )
+    tables = [name for name in tables if name.startswith("metadata")] or tables
+    if tables and not suffixes & {".txt", ".caption"} or tables and tables[0].startswith("metadata"):
+        return f"is it {tables[0]}? Call it metadata.jsonl, .csv or .parquet; a row needs file_name and text"
+    if suffixes.isdisjoint(Image.registered_extensions() | {".heic": ""}):
+        return "and there are no pictures: is it the right folder?"
+    return f"run python create_metadata.py --image_path {shlex.quote(str(folder))}"
+
+
+def metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of JSON lines, a JSON array, CSV or Parquet."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        yield from parquet.read_table(path).to_pylist()
+        return
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        array = path.suffix != ".csv" and file.read(1000).lstrip().startswith("[")
+        file.seek(0)
+        if path.suffix == ".csv":
+            yield from csv.DictReader(file)
+        elif array:
+            yield from json.load(file)
+        else:
+            yield from (json.loads(line) for line in file if line.strip())
+
+
+def read_metadata(folder: Path, image_column: str, caption_column: str) -> list[tuple[str, str | list[str]]]:
+    """(path, caption) of every row of the folder's metadata; a list of captions where there are several.
+
+    Raises:
+        UsageError: there is no metadata, a row has no picture or no caption that can be read, or leaves the folder.
+    """
+    path, rows, seen = find_metadata(folder), [], {}
+    root, number = os.path.normpath(folder), 0
+    columns = Columns([image_column], [caption_column])
+    try:
+        for number, row in enumerate(metadata_rows(path), 1):
+            where = f"{path}, row {number}"
+            if not isinstance(row, dict):
+                raise UsageError(f"{where} is a {kind_of(row)}, not an object with {image_column} and {caption_column}")
+            if row.keys() - seen.keys():
+                seen |= dict.fromkeys(row)
+                columns.captions = caption_columns(caption_column, seen)
+            name = row.get(image_column)
+            if not isinstance(name, str):
+                problem = f"no {image_column!r} among {listed(row)}" if name is None else f"{image_column} is no text"
+                raise UsageError(f"{where}: {problem}; see --image_column")
+            if "\\" in name and not os.path.lexists(os.path.join(root, name)):
+                name = name.replace("\\", "/")  # as Windows writes them
+            file = os.path.normpath(os.path.join(root, name))
+            if not file.startswith(root + os.sep) and root != ".":
+                raise UsageError(f"{where}: {name[:200]!r} lies outside the folder")
+            captions = columns.captions_in(row, where)
+            rows.append((file, captions if captions[1:] else "".join(captions)))
+    except (ValueError, TypeError, RecursionError, csv.Error, OSError) as error:
+        written = (folder / ".create_metadata.sha256").is_file()
+        remedy = "write it again with create_metadata.py --overwrite" if written else "mend that row"
+        raise UsageError(f"{path}, after row {number}: {first_line(error)}; {remedy}") from error
     if not rows:
-        raise UsageError(f"{found[0]} has no rows: run create_metadata.py --image_path '{folder}' --overwrite")
+        raise UsageError(f"{path} has no rows: run create_metadata.py --image_path '{folder}' --overwrite")
+    if not columns.captions:
+        raise UsageError(f"{path}: no {caption_column!r} among {listed(seen)}; see --caption_column")
     return rows
+
+
+# ---------------------------------------------------------------- data: pictures
+
+
+def read_picture(picture: Any) -> Image.Image:
+    """What a folder or a dataset has for a picture, as RGB: a path, bytes, a dict of both, or a picture already."""
+    if isinstance(picture, dict):
+        if picture.get("bytes") is None and "://" in str(picture.get("path")):  # on the hub, or inside of an archive
+            import datasets
+
+            return to_rgb(datasets.Image().decode_example(picture))
+        picture = picture.get("path") if picture.get("bytes") is None else picture["bytes"]
+    if isinstance(picture, Image.Image):
+        return to_rgb(picture)
+    if not isinstance(picture, (str, bytes)):
+        raise ValueError("there is no picture" if picture is None else f"a {kind_of(picture)} is no picture")
+    with io.BytesIO(picture) if isinstance(picture, bytes) else open(picture, "rb") as file:
+        try:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
+                return to_rgb(image)
+        except UnidentifiedImageError:
+            file.seek(0)
+            raise ValueError(unread_format(file.read(32))) from None
+
+
+def unread_format(head: bytes) -> str:
+    """What a file is that no decoder takes, by its first bytes."""
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+        return "a HEIC picture, which is read where pillow-heif is installed"
+    if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "a JPEG XL picture, which is not read: convert it"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the picture itself: git lfs pull brings it"
+    return "no picture in a format that is read" if head else "an empty file"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB as a viewer shows it: turned as its EXIF says, 16-bit grey rescaled, transparency on white."""
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF data: in place, what could be turned stays turned
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # 16-bit grey; of 32-bit numbers nobody knows the range
         levels = np.asarray(image, dtype=np.float32)
         white = 65535 if image.mode.startswith("I;16") or levels.max() > 255 else 255
@@ -501,24 +848,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def caption_text(caption: Any) -> str:
-    caption = caption[0] if isinstance(caption, (list, tuple)) and caption else caption
-    return caption if isinstance(caption, str) else ""
-
-
 class CaptionedImages(Dataset):
-    """Pairs as tensors: pixel_values [3, H, W] in -1..1, input_ids [77].
+    """Pairs as tensors: pixel_values [3, H, W] in -1..1, input_ids [L], L the tokenizer's length.
 
-    A key is (epoch, row); crop, flip and emptied caption are functions of it and the seed.
+    A key is (epoch, row); crop, flip, emptied caption and which of several captions are functions of it and the seed.
+    `rows` are (path, caption or captions), or a dataset's, of which `columns` says what is where.
     """
 
-    def __init__(
-        self,
-        rows: Any,
-        tokenizer: CLIPTokenizer,
-        args: argparse.Namespace,
-        columns: tuple[Any, str] = ("image", "text"),
-    ) -> None:
+    remedy = "mend them, or take them out of the data"  # where too many pictures cannot be read
+
+    def __init__(self, rows: Any, tokenizer: Any, args: argparse.Namespace, columns: Columns | None = None) -> None:
         self.rows, self.tokenizer, self.columns = rows, tokenizer, columns
         self.resolution, self.center_crop, self.random_flip = args.resolution, args.center_crop, args.random_flip
         self.proportion_empty_prompts, self.seed = args.proportion_empty_prompts, args.seed
@@ -526,63 +865,80 @@ class CaptionedImages(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def image_and_caption(self, row: int) -> tuple[Image.Image, str]:
-        pair = self.rows[row]
-        if isinstance(pair, tuple):
-            with Image.open(pair[0], formats=IMAGE_FORMATS) as image:
-                return to_rgb(image), pair[1]
-        return to_rgb(pair[self.columns[0]]), self.caption(row)
-
-    def caption(self, row: int) -> str:
-        # a dataset decodes the picture too when it is asked for a whole row
-        return caption_text(self.rows[self.columns[1]][row])
+    def pair(self, row: int) -> tuple[Any, list[str]]:
+        """The picture, unread, and its captions."""
+        found = self.rows[row]
+        if isinstance(found, tuple):
+            return found[0], captions_of(found[1])
+        return self.columns.picture(found), self.columns.captions_in(found, f"row {row}")
 
     def micro_batches(self, numbers: range, args: argparse.Namespace) -> Iterable[list[tuple[int, int]]]:
         """Keys (epoch, row) of the micro-batches that one process works on."""
         return MicroBatches(len(self), args.train_batch_size, args.seed, numbers)
+
+    def all_captions(self) -> Iterator[list[str]]:
+        """Of each pair, in the order of the rows; pictures are left alone."""
+        if self.columns is None:
+            return (captions_of(captions) for _, captions in self.rows)
+        rows = self.rows.select_columns([name for name in self.rows.column_names if name not in self.columns.images])
+        return (self.columns.captions_in(found, f"row {row}") for row, found in enumerate(rows))
 
     def substitute(self, row: int, draw: float, attempt: int) -> int:
         """Another row, for one that cannot be read."""
         return int(draw * len(self) + attempt * 7919) % len(self)
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
-        length = self.tokenizer.model_max_length
-        return self.tokenizer(
-            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
+        """[N, L], as the pipeline does it: a textual inversion of several vectors has several tokens."""
+        captions = TextualInversionLoaderMixin().maybe_convert_prompt(captions, self.tokenizer)
+        return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def draws(self, epoch: int, row: int) -> list[float]:
-        """Between 0 and 1: for crop (x, y), flip, emptied caption, substitute."""
-        return torch.rand(5, generator=generator_for(self.seed, "sample", epoch, row)).tolist()
+        """Between 0 and 1: for crop (x, y), flip, emptied caption, substitute, which of several captions."""
+        return torch.rand(6, generator=generator_for(self.seed, "sample", epoch, row)).tolist()
+
+    def choose(self, captions: list[str], draws: list[float]) -> str:
+        """One of the captions of a pair, another one in another epoch."""
+        return captions[int(draws[5] * len(captions))] if captions else ""
 
     def mirrored_and_emptied(self, draws: list[float]) -> tuple[bool, bool]:
         """Whether the picture is mirrored, and its caption emptied."""
         return self.random_flip and draws[2] < 0.5, draws[3] < self.proportion_empty_prompts
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         _, row = key
         draws = self.draws(*key)
         mirrored, emptied = self.mirrored_and_emptied(draws)
-        image, caption, replaced = None, "", 0
+        image, captions, replaced, failure = None, [], 0, ""
         while image is None and replaced < MAX_TRIES:
+            picture = None
             try:
-                image, caption = self.image_and_caption(row)
-            except UsageError:  # the stream has ended
+                picture, captions = self.pair(row)
+                image = read_picture(picture)
+            except UsageError:  # a caption that is none, or the stream has ended
                 raise
-            except Exception:  # Pillow's decoders raise about ten kinds; it costs one sample, not the run
+            except Exception as error:  # Pillow's decoders raise about ten kinds; it costs one sample, not the run
+                reason = getattr(error, "strerror", None) or first_line(error)
+                failure = failure or f"{picture_name(picture, row)}: {reason}"
                 replaced += 1
                 row = self.substitute(row, draws[4], replaced)
         image = image or Image.new("RGB", (1, 1))  # never trained with: Watch ends the run
         pixels = crop_to_square(image, self.resolution, (0.5, 0.5) if self.center_crop else (draws[0], draws[1]))
         if mirrored:
             pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        caption = "" if emptied else caption
+        caption = "" if emptied else self.choose(captions, draws)
         pixel_values = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1.0
         return {
             "pixel_values": pixel_values,
             "input_ids": self.tokenize([caption])[0],
             "replaced": torch.tensor(replaced),
+            "failure": failure,
+            "captioned": torch.tensor(bool(captions)),
         }
+
+
+def picture_name(picture: Any, row: int) -> str:
+    name = picture.get("path") if isinstance(picture, dict) else picture
+    return name if isinstance(name, str) else f"row {row}"
 
 
 def crop_to_square(image: Image.Image, size: int, position: tuple[float, float]) -> Image.Image:
@@ -603,22 +959,25 @@ class StreamedImages(CaptionedImages):
     A row is a place in a lane, times the number of lanes, plus the lane.
     """
 
-    def __init__(self, rows: Any, tokenizer: CLIPTokenizer, args: argparse.Namespace, columns: tuple[Any, str]) -> None:
-        import datasets
-
-        super().__init__(rows.decode(False), tokenizer, args, columns)
-        self.decode = datasets.Image().decode_example
+    def __init__(self, rows: Any, tokenizer: Any, args: argparse.Namespace, columns: Columns) -> None:
+        super().__init__(rows, tokenizer, args, columns)
         self.lanes = self.parts = 1  # where lanes are more than files, each reads one part of a file
-        pictures, captions = zip(*itertools.islice(self.pairs(0), STREAM_BLOCK))
-        for flag, values, name in (("image", pictures, columns[0]), ("caption", captions, columns[1])):
-            if all(value is None for value in values):
-                raise UsageError(f"the first {len(values)} pairs of the stream have no {name}: see --{flag}_column")
+        first = itertools.islice(self.pairs(0, passes=1), STREAM_BLOCK)
+        pictures, self.first_captions = zip(*((picture is not None, captions) for picture, captions in first))
+        found_here = ("image", columns.images, pictures), ("caption", columns.captions, self.first_captions)
+        for flag, names, found in found_here:
+            if not any(found):
+                raise UsageError(f"the first {len(found)} pairs have no {' or '.join(names)}: see --{flag}_column")
         self.reading: dict[int, tuple[Iterator, deque]] = {}
 
-    def pairs(self, lane: int) -> Iterator[tuple[Any, Any]]:
-        """The lane's undecoded (picture, caption) pairs, without end; a damaged file costs what is left of it."""
+    def all_captions(self) -> Iterator[list[str]]:
+        """Of the first pairs; nobody knows how many there are."""
+        return iter(self.first_captions)
+
+    def pairs(self, lane: int, passes: float = math.inf) -> Iterator[tuple[Any, list[str]]]:
+        """The lane's (unread picture, captions) pairs, without end; a damaged file costs what is left of it."""
         files, turn, barren = self.rows.num_shards, lane, 0
-        while barren <= files * self.parts:
+        while barren < files * self.parts and turn < passes * files * self.parts:
             epoch, at = divmod(turn, files * self.parts)
             order = torch.randperm(files * self.parts, generator=generator_for(self.seed, "files", epoch))
             file, part = divmod(int(order[at]), self.parts)
@@ -626,26 +985,25 @@ class StreamedImages(CaptionedImages):
             shard = self.rows.shard(num_shards=files, index=file)
             try:
                 for number, block in enumerate(shard.iter(batch_size=STREAM_BLOCK)):
-                    found = zip(*(block[column] for column in self.columns[0]))
-                    pictures = [next((picture for picture in row if picture is not None), None) for row in found]
-                    pairs = list(zip(pictures, block[self.columns[1]]))[part :: self.parts]
+                    pairs = [dict(zip(block, values)) for values in zip(*block.values())][part :: self.parts]
                     generator = generator_for(self.seed, "block", epoch, file, part, number)
                     for index in torch.randperm(len(pairs), generator=generator).tolist():
-                        barren = 0
-                        yield pairs[index]
+                        barren, pair = 0, pairs[index]
+                        where = f"file {file} of the stream, pair {number * STREAM_BLOCK + part + index * self.parts}"
+                        yield self.columns.picture(pair), self.columns.captions_in(pair, where)
+            except UsageError:
+                raise
             except Exception as error:  # a damaged file fails in many ways
                 logger.error(f"left out the rest of file {file} of the stream: {first_line(error)}")
-        raise UsageError("no file of the stream holds a pair that can be read")
+        if barren >= files * self.parts:
+            raise UsageError("no file of the stream holds a pair that can be read")
 
-    def image_and_caption(self, row: int) -> tuple[Image.Image, str]:
+    def pair(self, row: int) -> tuple[Any, list[str]]:
         place, lane = divmod(row, self.lanes)
         pairs, latest = self.reading.setdefault(lane, (enumerate(self.pairs(lane)), deque(maxlen=32)))
         while not latest or latest[-1][0] < place:
             latest.append(next(pairs))
-        picture, caption = latest[place - latest[-1][0] - 1][1]
-        if not isinstance(picture, dict):
-            raise ValueError("no picture")
-        return to_rgb(self.decode(picture)), caption_text(caption)
+        return latest[place - latest[-1][0] - 1][1]
 
     def micro_batches(self, numbers: range, args: argparse.Namespace) -> Iterable[list[tuple[int, int]]]:
         self.reading.clear()  # the lanes may be others, and may begin earlier
@@ -660,7 +1018,7 @@ class StreamedImages(CaptionedImages):
 
 
 def tar_files(path: Path) -> list[str]:
-    """The .tar files of a folder, or of a pattern with {00000..00009} in it, escaped as the datasets library asks."""
+    """The .tar files of a folder, or of a pattern with {00000..00009} in it."""
     pattern = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path))
     if path.is_dir():
         files = sorted(str(file) for file in path.glob("*.tar"))
@@ -673,54 +1031,147 @@ def tar_files(path: Path) -> list[str]:
     if missing or not files:
         problem = f"no {missing[0]}" if missing else "holds no .tar; a picture folder needs no --streaming"
         raise UsageError(f"--train_data_dir {path}: {problem}")
-    return [glob.escape(file) for file in files]
+    return files
+
+
+def tar_columns(files: list[str]) -> list[str]:
+    """What the first tar that can be read calls its members, by what follows the first dot of their names."""
+    for file in files:
+        names: dict[str, None] = {}
+        try:
+            with tarfile.open(file) as tar:
+                for member in itertools.islice(tar, 1000):
+                    names |= dict.fromkeys(filter(None, [os.path.basename(member.name).partition(".")[2]]))
+        except (OSError, tarfile.TarError):  # damaged, from the start or further down: reading it says so
+            pass
+        if names:
+            return list(names)
+    return []
 
 
 def load_dataset(args: argparse.Namespace, pipeline: Pipeline) -> CaptionedImages:
-    if args.train_data_dir is not None and not args.streaming:
-        rows = read_metadata(args.train_data_dir, args.image_column or "file_name", args.caption_column)
-        rows = rows[: args.max_train_samples]
-        logger.info(f"{len(rows)} captioned pictures")
-        return CaptionedImages(rows, pipeline.tokenizer, args)
+    """The pairs of a folder, of tars or of a dataset."""
+    folder = args.train_data_dir
+    if folder is not None and not args.streaming and not is_saved_dataset(folder):
+        rows = read_metadata(folder, args.image_column or "file_name", args.caption_column)
+        dataset = CaptionedImages(rows[: args.max_train_samples], pipeline.tokenizer, args)
+        if (folder / ".create_metadata.sha256").is_file():
+            dataset.remedy = f"run create_metadata.py --image_path {folder} --overwrite, which leaves such pictures out"
+    else:
+        rows, columns = load_rows(args)
+        kind = StreamedImages if args.streaming else CaptionedImages
+        dataset = kind(rows, pipeline.tokenizer, args, columns)
+    return dataset
 
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether a folder is a dataset of the datasets library: `save_to_disk`, or Parquet files with pictures."""
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return True
+    files = sorted(file for pattern in ("*.parquet", "data/*.parquet") for file in folder.glob(pattern))
+    if not files or any((folder / name).is_file() for name in METADATA_NAMES):
+        return False
+    from pyarrow import parquet
+
+    try:  # img2dataset leaves Parquet files without pictures beside those that it has downloaded
+        return not set(IMAGE_COLUMNS).isdisjoint(parquet.read_schema(files[0]).names)
+    except (OSError, ValueError):
+        return False
+
+
+def load_rows(args: argparse.Namespace) -> tuple[Any, Columns]:
+    """A dataset of the datasets library, pictures unread, and where in it pictures and captions are."""
     import datasets  # only here: a folder needs none of it
 
+    source = args.dataset_name or str(args.train_data_dir)
+    given = f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}"
     options: dict[str, Any] = {"cache_dir": args.cache_dir, "streaming": args.streaming}
-    if args.dataset_name is None:
-        columns = [args.image_column] if args.image_column else TAR_COLUMNS
-        caption = "txt" if args.caption_column == "text" else args.caption_column
-        options["data_files"] = {"train": tar_files(args.train_data_dir)}
+    if args.dataset_name is None and not is_saved_dataset(args.train_data_dir):
+        files = tar_files(args.train_data_dir)
+        names = tar_columns(files)
+        columns = find_columns(dict.fromkeys(names), args) if names else Columns(["jpg"], ["txt"])  # read, it will say
         # named here, the columns are not guessed from the first pairs, which may lack one
-        features = {**dict.fromkeys(columns, datasets.Image()), caption: datasets.Value("string")}
-        options["features"] = datasets.Features(features)
-    given = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
+        options["features"] = datasets.Features({name: tar_feature(name) for name in columns.names(names)})
+        options["data_files"] = {"train": [glob.escape(file) for file in files]}
+        source = "webdataset"
     try:
-        splits = datasets.load_dataset(args.dataset_name or "webdataset", args.dataset_config_name, **options)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{given}: {first_line(error)}") from error
+        if any(Path(source, name).is_file() for name in ("dataset_dict.json", "state.json")):
+            splits = datasets.load_from_disk(source)
+        else:
+            splits = datasets.load_dataset(source, args.dataset_config_name, **options)
+    except Exception as error:  # the library fails in ways of its own, and of every format that it reads
+        scripts = "; Parquet files of it work" if "scripts are no longer supported" in str(error) else ""
+        raise UsageError(f"{given}: {first_line(error)}{scripts}") from error
+    splits = splits if isinstance(splits, dict) else {"train": splits}
     if "train" not in splits and len(splits) > 1:
-        raise UsageError(f"{given} has no split train, only {', '.join(splits)}")
+        raise UsageError(f"{given} has no split train, only {listed(splits)}")
     rows = splits["train"] if "train" in splits else next(iter(splits.values()))
-    images, caption = find_columns(rows.features or next(iter(rows)), args)
-    if args.streaming:
-        logger.info(f"streaming from {rows.num_shards} files")
-        return StreamedImages(rows, pipeline.tokenizer, args, (images, caption))
-    rows = rows.select(range(min(len(rows), args.max_train_samples or len(rows))))
-    logger.info(f"{len(rows)} captioned pictures")
-    return CaptionedImages(rows, pipeline.tokenizer, args, (images[0], caption))
+    features = rows.features or dict.fromkeys(next(iter(rows)))
+    columns = find_columns(features, args)
+    for name in columns.images:
+        if isinstance(features[name], datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    rows = rows.select_columns(columns.names(features))
+    if not args.streaming:
+        return rows.select(range(min(len(rows), args.max_train_samples or len(rows)))), columns
+    return rows if hasattr(rows, "num_shards") else rows.to_iterable_dataset(num_shards=len(rows.cache_files)), columns
 
 
-def find_columns(columns: dict[str, Any], args: argparse.Namespace) -> tuple[list[str], str]:
-    """The columns of the pictures (tars have one for each extension) and the one of the captions."""
-    images = [args.image_column] if args.image_column else [name for name in ("image", *TAR_COLUMNS) if name in columns]
-    caption = "txt" if args.caption_column == "text" and "text" not in columns else args.caption_column
+def tar_feature(name: str) -> Any:
+    """What the datasets library makes of the members of a tar that are called so."""
+    import datasets
+
+    extension = name.rpartition(".")[2]
+    if extension in IMAGE_COLUMNS:
+        return datasets.Image()
+    if extension in ("json", "jsn"):
+        return datasets.Json()
+    return datasets.Value("string" if extension in ("txt", "text", "transcript", "cls", "id", "index") else "binary")
+
+
+def find_columns(features: dict[str, Any], args: argparse.Namespace) -> Columns:
+    """The columns of the pictures (tars have one for each extension) and of the captions.
+
+    Raises:
+        UsageError: there are none of these names.
+    """
+    pictures = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    images = [args.image_column] if args.image_column else [name for name in IMAGE_COLUMNS if name in features]
+    images = images or (pictures if len(pictures) == 1 else [])
+    captions = caption_columns(args.caption_column, features)
     for flag, name, found in (
-        ("image", args.image_column or "image", images),
-        ("caption", args.caption_column, [caption]),
+        ("image", args.image_column or "image", images and images[0] in features),
+        ("caption", args.caption_column, captions),
     ):
-        if not found or found[0] not in columns:
-            raise UsageError(f"--{flag}_column {name} is none of {', '.join(columns)}")
-    return images, caption
+        if not found:
+            raise UsageError(f"--{flag}_column {name} is none of {listed(features)}")
+    feature = features[captions[0]] if captions[0] in features else None
+    return Columns(images, captions, getattr(getattr(feature, "feature", feature), "names", None))
+
+
+def describe_captions(dataset: CaptionedImages, args: argparse.Namespace) -> None:
+    """Say what the captions look like, before hours go into them.
+
+    Raises:
+        UsageError: not one of the pairs that were looked at has a caption.
+    """
+    pairs = list(itertools.islice(dataset.all_captions(), CAPTIONS_LOOKED_AT))
+    captions, missing = [caption for found in pairs for caption in found], sum(not found for found in pairs)
+    if not captions and args.proportion_empty_prompts < 1:
+        remedy = "see --caption_column, or train without by --proportion_empty_prompts 1"
+        raise UsageError(f"none of {len(pairs)} pairs has a caption: {remedy}")
+    length = dataset.tokenizer.model_max_length
+    longer = sum(len(ids) > length for ids in dataset.tokenizer(captions).input_ids) if captions else 0
+    first = "first " * (args.streaming or len(pairs) == CAPTIONS_LOOKED_AT)
+    logger.info(
+        f"captions of the {first}{len(pairs)} pairs: {missing} missing, "
+        f"{longer} cut, being longer than the {length} tokens that the text encoder reads"
+    )
+    for key in itertools.chain.from_iterable(dataset.micro_batches(range(16), args)):
+        draws, (_, captions) = dataset.draws(*key), dataset.pair(key[1])
+        if captions and not dataset.mirrored_and_emptied(draws)[1]:
+            logger.info(f"the first one in training: {dataset.choose(captions, draws)[:200]!r}")
+            return
 
 
 class MicroBatches(Sampler):
@@ -1224,15 +1675,15 @@ def calibrate(
     numbers = range(accelerator.process_index, args.calibration_steps, accelerator.num_processes)
     keys = dataset.micro_batches(numbers, args)
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=args.dataloader_num_workers)
-    watch = Watch()
+    watch = Watch(dataset.remedy)
     set_mode(student, "observe")
     progress = tqdm(loader, desc="calibrate", total=len(numbers), disable=not accelerator.is_main_process)
     for number, batch in zip(numbers, progress):
-        watch.note({}, batch["replaced"])
+        watch.note({}, batch)
         generator = generator_for(args.seed, "calibration", number)
         noised = noise_pictures(pipeline, batch, (0, 1), 1, generator, accelerator)
         with accelerator.autocast():
-            student(noised.noisy_latents, noised.timesteps, noised.encoder_hidden_states)
+            noised.predict(student)
     if accelerator.num_processes > 1:
         for observer in observers(student):
             torch.distributed.all_reduce(observer.low, op=torch.distributed.ReduceOp.MIN)
@@ -1275,7 +1726,7 @@ class BlockOutputs:
     def __init__(self, unet: UNet2DConditionModel, enabled: bool) -> None:
         self.outputs: list[torch.Tensor] = []
         blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks] if enabled else []
-        self.hooks = [block.register_forward_hook(self.keep) for block in blocks]
+        self.hooks = [block.register_forward_hook(self.keep) for block in blocks if block is not None]
 
     def keep(self, block: nn.Module, inputs: Any, output: Any) -> None:
         self.outputs.append(output[0] if isinstance(output, tuple) else output)
@@ -1326,13 +1777,17 @@ def task_loss(
 def encode(
     pipeline: Pipeline, batch: dict[str, torch.Tensor], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means and deviations of the pictures' latents, [B, 2, 4, H/8, W/8], and the captions' embeddings, [B, 77, D]."""
+    """Means and deviations of the pictures' latents, [B, 2, 4, H/8, W/8], and the captions' embeddings, [B, L, D]."""
     if "latents" in batch:
         return batch["latents"].to(device), batch["embeddings"].to(device)
     pixel_values = batch["pixel_values"].to(device).contiguous(memory_format=torch.channels_last)
-    posterior = pipeline.vae.encode(pixel_values).latent_dist
+    encoded = pipeline.vae.encode(pixel_values)
+    if hasattr(encoded, "latents"):  # of an AutoencoderTiny, which has no distribution
+        moments = encoded.latents, torch.zeros_like(encoded.latents)
+    else:
+        moments = encoded.latent_dist.mean, encoded.latent_dist.std
     embeddings = pipeline.text_encoder(batch["input_ids"].to(device))[0]
-    return torch.stack([posterior.mean, posterior.std], dim=1).float(), embeddings
+    return torch.stack(moments, dim=1).float(), embeddings
 
 
 @dataclass
@@ -1341,9 +1796,15 @@ class Noised:
 
     noisy_latents: torch.Tensor  # [B, 4, H/8, W/8], as latents and noise
     timesteps: torch.Tensor  # [B]
-    encoder_hidden_states: torch.Tensor  # [B, 77, D]
+    encoder_hidden_states: torch.Tensor  # [B, L, D]
+    timestep_cond: torch.Tensor | None  # [B, time_cond_proj_dim], of a UNet that takes the guidance scale as an input
     latents: torch.Tensor
     noise: torch.Tensor
+
+    def predict(self, unet: nn.Module) -> torch.Tensor:
+        """What the UNet makes of it, in fp32, [B, 4, H/8, W/8]."""
+        inputs = self.noisy_latents, self.timesteps, self.encoder_hidden_states
+        return unet(*inputs, timestep_cond=self.timestep_cond).sample.float()
 
 
 @torch.no_grad()
@@ -1366,7 +1827,14 @@ def noise_pictures(
     noise = torch.randn(latents.shape, generator=generator).to(device)
     timesteps = sample_timesteps(scheduler, len(latents), part, power, generator).to(device)
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    return Noised(noisy_latents, timesteps, encoder_hidden_states, latents, noise)
+    timestep_cond, width = None, pipeline.unet.config.time_cond_proj_dim
+    if width is not None:
+        scales = GUIDANCE_SCALES[0] + (GUIDANCE_SCALES[1] - GUIDANCE_SCALES[0]) * torch.rand(
+            len(latents), generator=generator
+        )
+        # as the pipeline does it, of the scale - 1 (arXiv 2310.04378); it needs nothing of a pipeline itself
+        timestep_cond = StableDiffusionPipeline.get_guidance_scale_embedding(None, scales - 1, width).to(device)
+    return Noised(noisy_latents, timesteps, encoder_hidden_states, timestep_cond, latents, noise)
 
 
 def sample_timesteps(
@@ -1382,7 +1850,7 @@ def sample_timesteps(
     return ((places / (parts * count)) ** power * scheduler.config.num_train_timesteps).long()
 
 
-def sample_latents(distribution: torch.Tensor, generator: torch.Generator, vae: AutoencoderKL) -> torch.Tensor:
+def sample_latents(distribution: torch.Tensor, generator: torch.Generator, vae: ModelMixin) -> torch.Tensor:
     mean, deviation = distribution.unbind(dim=1)
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     return (mean + deviation * noise) * vae.config.scaling_factor
@@ -1392,11 +1860,16 @@ class CachedLatents(Dataset):
     """Pairs as `encode` makes them, a file for each picture, mirrored or not, with its caption, emptied or not."""
 
     def __init__(self, dataset: CaptionedImages, folder: Path) -> None:
-        self.dataset, self.folder, self.micro_batches = dataset, folder, dataset.micro_batches
+        self.dataset, self.folder, self.remedy = dataset, folder, dataset.remedy
+        self.micro_batches = dataset.micro_batches
 
     def file(self, key: tuple[int, int]) -> Path:
-        mirrored, emptied = self.dataset.mirrored_and_emptied(self.dataset.draws(*key))
-        return self.folder / f"{key[1]}{'-mirrored' * mirrored}{'-emptied' * emptied}.pt"
+        draws = self.dataset.draws(*key)
+        mirrored, emptied = self.dataset.mirrored_and_emptied(draws)
+        captions = [] if emptied else self.dataset.pair(key[1])[1]
+        chosen = f"-caption{int(draws[5] * len(captions))}" if len(captions) > 1 else ""
+        name = f"{key[1]}{'-mirrored' * mirrored}{'-emptied' * emptied}{chosen}"
+        return self.folder / f"{name}.pt"
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         try:
@@ -1413,13 +1886,13 @@ class CachedLatents(Dataset):
         for file, key in tqdm(own, desc="encode", disable=not accelerator.is_main_process):
             if file.is_file():
                 continue
-            batch = {name: tensor[None] for name, tensor in self.dataset[key].items()}
+            batch = default_collate([self.dataset[key]])
             with accelerator.autocast():
                 latents, embeddings = (tensor[0].cpu() for tensor in encode(pipeline, batch, accelerator.device))
             try:
                 with open(file.with_suffix(".partial"), "wb") as partial:
-                    pair = {"latents": latents, "embeddings": embeddings, "replaced": batch["replaced"][0]}
-                    torch.save({name: tensor.clone() for name, tensor in pair.items()}, partial)
+                    notes = {name: batch[name][0] for name in ("replaced", "failure", "captioned")}
+                    torch.save({"latents": latents.clone(), "embeddings": embeddings.clone(), **notes}, partial)
                 file.with_suffix(".partial").rename(file)
             except (OSError, RuntimeError) as error:
                 raise TrainingError(f"{file} was not written: {reason_of(error)}") from error
@@ -1590,20 +2063,24 @@ class StopRequest:
 class Watch:
     """Counts what went wrong, and stops the run when too much did; averages the losses of a step's micro-batches."""
 
-    def __init__(self) -> None:
-        self.samples = self.replaced = self.bad_steps = self.bad_in_a_row = 0
+    def __init__(self, remedy: str = CaptionedImages.remedy) -> None:
+        self.samples = self.replaced = self.captionless = self.bad_steps = self.bad_in_a_row = 0
+        self.remedy, self.first_failure = remedy, ""
         self.losses: list[dict[str, float]] = []
 
-    def note(self, losses: dict[str, torch.Tensor], replaced: torch.Tensor) -> None:
+    def note(self, losses: dict[str, torch.Tensor], batch: dict[str, Any]) -> None:
         self.losses.append({name: loss.item() for name, loss in losses.items()})
+        replaced = batch["replaced"]
+        self.first_failure = self.first_failure or next(filter(None, batch["failure"]), "")
+        self.captionless += int((~batch["captioned"]).sum())
         self.samples += len(replaced)
         self.replaced += int((replaced > 0).sum())
         # above the share by more than chance: four standard deviations, or a tenth would often look like more
         chance = 4 * math.sqrt(MAX_BAD_SHARE * (1 - MAX_BAD_SHARE) * self.samples)
         too_many = self.samples >= 40 and self.replaced > MAX_BAD_SHARE * self.samples + chance
         if too_many or (replaced >= MAX_TRIES).any():
-            message = f"{self.replaced} of {self.samples} pictures could not be read"
-            raise UsageError(f"{message}: run create_metadata.py --overwrite, which leaves such pictures out")
+            message = f"{self.replaced} of {self.samples} pictures could not be read, first {self.first_failure}"
+            raise UsageError(f"{message}; {self.remedy}")
 
     def is_finite(self, gradient_norm: torch.Tensor) -> bool:
         """Whether the step may be taken; a gradient that is not finite costs the step, several in a row the run."""
@@ -1639,7 +2116,7 @@ def distill(
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=args.dataloader_num_workers)
     model, optimizer = accelerator.prepare(trainer.student, trainer.optimizer)
     features = args.feature_kd_weight > 0
-    watch, stop = Watch(), StopRequest(accelerator)
+    watch, stop = Watch(dataset.remedy), StopRequest(accelerator)
     progress = tqdm(total=steps, initial=trainer.step, desc="distill", disable=not accelerator.is_main_process)
     with BlockOutputs(teacher, features) as teacher_blocks, BlockOutputs(trainer.student, features) as student_blocks:
         for number, batch in zip(numbers, loader):
@@ -1647,11 +2124,10 @@ def distill(
                 generator = generator_for(args.seed, "noise", number)
                 part = (number % per_step, per_step)
                 noised = noise_pictures(pipeline, batch, part, TIMESTEP_POWER, generator, accelerator)
-                inputs = noised.noisy_latents, noised.timesteps, noised.encoder_hidden_states
                 with torch.no_grad(), accelerator.autocast():
-                    teacher_output = teacher(*inputs).sample.float()
+                    teacher_output = noised.predict(teacher)
                 with accelerator.autocast():
-                    student_output = model(*inputs).sample.float()
+                    student_output = noised.predict(model)
                 target = training_target(scheduler, noised.latents, noised.noise, noised.timesteps)
                 pairs = zip(student_blocks.take(), teacher_blocks.take())
                 parts = {
@@ -1664,7 +2140,7 @@ def distill(
                     parts["feature_kd_loss"] = torch.stack(distances).mean()
                     loss = loss + args.feature_kd_weight * parts["feature_kd_loss"]
                 accelerator.backward(loss)
-                watch.note({**parts, "loss": loss}, batch["replaced"])
+                watch.note({**parts, "loss": loss}, batch)
                 if not accelerator.sync_gradients:
                     continue
                 gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -1679,9 +2155,14 @@ def distill(
             progress.set_postfix({name: f"{value:.2e}" for name, value in trainer.losses.items()})
             after_step(trainer, teacher, pipeline, steps, stop, accelerator, args)
     progress.close()
-    replaced = int(accelerator.reduce(torch.tensor(watch.replaced, device=accelerator.device), reduction="sum"))
-    if replaced or watch.bad_steps:
-        logger.warning(f"{replaced} unreadable pictures replaced, {watch.bad_steps} non-finite steps left out")
+    counted = torch.tensor([watch.replaced, watch.captionless], device=accelerator.device)
+    replaced, captionless = accelerator.reduce(counted, reduction="sum").tolist()
+    if replaced:
+        logger.warning(f"{replaced} unreadable pictures replaced, first {watch.first_failure}")
+    if captionless:
+        logger.warning(f"{captionless} pictures had no caption")
+    if watch.bad_steps:
+        logger.warning(f"{watch.bad_steps} non-finite steps left out")
 
 
 def after_step(
@@ -1832,7 +2313,7 @@ def validate(
                 text_encoder=pipeline.text_encoder,
                 tokenizer=pipeline.tokenizer,
                 unet=unet,
-                scheduler=DDIMScheduler.from_config(pipeline.noise_scheduler.config),
+                scheduler=copy.deepcopy(pipeline.sampler),
                 safety_checker=None,
                 feature_extractor=None,
                 requires_safety_checker=False,
@@ -1904,7 +2385,10 @@ def save_int8(trainer: Trainer, config: Int8Config, args: argparse.Namespace) ->
         raise TrainingError(f"{path} was not written ({reason_of(error)}); the last checkpoint is kept") from error
     size = path.stat().st_size
     logger.info(f"wrote {path}: {size / 1e6:.1f} MB, {size / fp32_bytes:.3f} of the fp32 UNet")
-    logger.info(f"next: python text2images.py -m {args.pretrained_model_name_or_path} -qm {path} -c 'a caption'")
+    given = [f"--{name}={value}" for name in ("variant", "revision", "cache_dir") if (value := getattr(args, name))]
+    command = ["python", os.path.relpath(Path(__file__).with_name("text2images.py"))]
+    command += ["-m", args.pretrained_model_name_or_path, "-qm", str(path), *given, "-c", "a caption"]
+    logger.info(f"next: {shlex.join(command)}")
     return path
 
 
@@ -1925,7 +2409,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = start(args)  # threads, precision, logging, output folder
     pipeline = load_pipeline(args, accelerator)  # tokenizer, text encoder, VAE, UNet, scheduler
-    dataset = load_dataset(args, pipeline)  # metadata.jsonl -> pixel_values [B, 3, H, W], input_ids [B, 77]
+    dataset = load_dataset(args, pipeline)  # metadata.jsonl -> pixel_values [B, 3, H, W], input_ids [B, L]
+    describe_captions(dataset, args)
     steps = total_steps(args, dataset, accelerator)
     checkpoint = find_checkpoint(args)
     teacher, student = split(pipeline.unet, accelerator)  # a frozen copy, and the UNet that learns
@@ -1957,5 +2442,7 @@ if __name__ == "__main__":
     except (UsageError, TrainingError) as error:
         # an error in a data worker comes with its traceback, whose last line names it
         message = re.sub(r"(?s)Caught .*\n[\w.]+: (?=.*$)", "", str(error).strip())
+        if "--debug" in sys.argv:
+            logging.exception("the traceback of the error below")
         print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

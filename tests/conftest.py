@@ -154,6 +154,12 @@ def quant_model(model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPa
     return output_dir / "quant_model.pt"
 
 
+def batch_of(replaced: torch.Tensor) -> dict[str, Any]:
+    """What Watch looks at in a batch, for that many pictures that were put in the place of unreadable ones."""
+    failures = ["a.jpg: spoilt" if count else "" for count in replaced.tolist()]
+    return {"replaced": replaced, "failure": failures, "captioned": torch.ones(len(replaced), dtype=torch.bool)}
+
+
 def run_command(*command: str | Path, **environment: str) -> subprocess.CompletedProcess:
     """A script as a user runs it; its output is shown where it fails."""
     result = subprocess.run(

@@ -252,7 +252,7 @@ def folders() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    return [*pictures(), *names(), *captions(), *folders()]
+    return [*pictures(), *burdened(), *names(), *captions(), *folders()]
 
 
 def write_all(folder: Path) -> list[tuple[str, Case]]:

@@ -184,11 +184,12 @@ def test_captions_of_several_lines(tmp_path, how):
     lines = {stem: lines for stem, (_, lines) in MANY_LINES.items()} | {"dot": ["one", "two"], "json": ["one", "two"]}
     texts = {stem: {"first": each[0], "join": " ".join(each), "random": each}[how] for stem, each in lines.items()}
     texts["one line"] = "one line"
+    as_written = {stem: [text] if isinstance(text, str) and how == "random" else text for stem, text in texts.items()}
     expected = [(f"{stem}.jpg", texts[stem]) for stem in sorted(texts)]
     flags = ["--caption_from_json", "--multiline", how]
     assert collect(tmp_path, *flags) == (expected, {}, {cm.SEVERAL_LINES[how]: 5, cm.DOT_CAPTION: 1})
     cm.main(["-p", str(tmp_path), *flags])
-    assert written(tmp_path) == expected
+    assert written(tmp_path) == [(f"{stem}.jpg", as_written[stem]) for stem in sorted(texts)]  # all lists, or none
     if how == "join":
         assert collect(tmp_path, "--caption_from_json")[0] == expected  # the default
 
@@ -843,7 +844,7 @@ TRAIN = "train_text_to_image_qat.py"
         ("data-00000-of-00001.arrow", f"{TRAIN} --dataset_name {{}} reads it"),
         ("metadata.jsonl", f"{TRAIN} --train_data_dir {{}} reads it"),
         ("metadata.csv", f"{TRAIN} --train_data_dir {{}} reads it"),
-        ("metadata.parquet", f"{TRAIN} --dataset_name {{}} reads it"),
+        ("metadata.parquet", f"{TRAIN} --train_data_dir {{}} reads it"),
         ("captions.csv", "perhaps {!r}"),
         ("0.jpg", "perhaps {!r}"),
     ],
@@ -866,7 +867,7 @@ def test_a_path_that_is_nowhere(tmp_path, capsys, monkeypatch):
 
 def test_metadata_of_others_is_what_training_reads(tmp_path, capsys):
     put_pair(tmp_path, "a.jpg")
-    for name, flag in [("metadata.jsonl", "--train_data_dir"), ("metadata.parquet", "--dataset_name")]:
+    for name, flag in [("metadata.jsonl", "--train_data_dir"), ("metadata.parquet", "--train_data_dir")]:
         path = put(tmp_path, name, "x" * 5000)
         message = error_line(capsys, "-p", str(tmp_path))
         assert f"not written by this script: {TRAIN} {flag} {tmp_path} reads it" in message and "--overwrite" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 import create_metadata as cm
 import train_text_to_image_qat as trainer
-from conftest import SIZE, tiny_pipeline, training_in_process
+from conftest import SIZE, batch_of, tiny_pipeline, training_in_process
 from dirty_corpus import GOOD, JPEG, Case, cases, pair_writer, put, write_all
 from test_create_metadata import collect
 from test_train_text_to_image_qat import parse
@@ -115,7 +116,11 @@ def test_many_unreadable_pictures_end_the_run_with_one_line(model_dir: Path, tmp
     with training_in_process(model_dir, tmp_path / "data") as run, pytest.raises(trainer.UsageError) as ended:
         run(tmp_path / "out", *flags)
     message = str(ended.value)
-    assert "pictures could not be read: run create_metadata.py --overwrite" in message and "\n" not in message
+    assert "pictures could not be read, first " in message and "\n" not in message
+    assert f"run create_metadata.py --image_path {tmp_path / 'data'} --overwrite" in message
+    assert re.search(
+        r"spoilt \d+.jpg: (image file is truncated|no picture in a format|an empty file|No such file)", message
+    )
     assert not (tmp_path / "out" / "quant_model.pt").exists()
 
 
@@ -126,7 +131,7 @@ def test_a_tenth_of_bad_pictures_is_not_stopped_by_bad_luck() -> None:
             watch = trainer.Watch()
             try:
                 for _ in range(100):
-                    watch.note(losses, (torch.rand(8, generator=generator) < share).long())
+                    watch.note(losses, batch_of((torch.rand(8, generator=generator) < share).long()))
             except trainer.UsageError:
                 stopped[share] += 1
     assert stopped[0.09] <= 1 and stopped[0.2] >= 58
@@ -142,7 +147,7 @@ def test_unreadable_pictures_of_a_dataset_are_replaced_too(model_dir: Path, tmp_
     table.to_parquet(tmp_path / "data" / "train.parquet")
     args = parse("--dataset_name", str(tmp_path / "data"), "--cache_dir", str(tmp_path / "cache"), "--resolution", "32")
     dataset = trainer.load_dataset(args, tiny_pipeline())
-    assert [dataset.caption(row) for row in range(8, 12)] == ["a", "", "", "b"]
+    assert [dataset.pair(row)[1] for row in range(8, 12)] == [["a"], [], [], ["b"]]
     samples = [dataset[(0, row)] for row in range(12)]
     assert [int(sample["replaced"] > 0) for sample in samples] == [0] * 10 + [1, 1]
     red = torch.tensor([1.0, -1.0, -1.0])

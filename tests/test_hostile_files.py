@@ -173,7 +173,6 @@ def write_hostile_files(quant_model: Path, folder: Path, trace: Path) -> dict[st
         "layers_per_block": 10**9,
         "block_out_channels": (2**40, 2**41),
         "down_block_types": ("DownBlock2D",) * 10**4,
-        "sample_size": 2**20,
         "transformer_layers_per_block": [[[10**9]]],
         "act_fn": "os.system",
     }.items():
@@ -281,7 +280,6 @@ def test_the_model_that_has_left_the_hub_is_replaced_by_its_copy(script, tmp_pat
         return {"_class_name": "NoMore"}
 
     monkeypatch.setattr(text2images.StableDiffusionPipeline, "load_config", load_config)
-    monkeypatch.setattr(trainer.DiffusionPipeline, "load_config", load_config)
     caplog.set_level("INFO")
     parts = SimpleNamespace(pretrained_model_name_or_path="runwayml/stable-diffusion-v1-5", dtype="float32")
     parts.quantized_model_name_or_path = parts.disable_safety_checker = parts.revision = parts.cache_dir = None

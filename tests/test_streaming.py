@@ -141,8 +141,8 @@ def test_stream_of_nothing_but_damage_ends_with_a_sentence(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("source", "flags", "message"),
     [
-        ("{}", ["--caption_column", "words"], "have no words: see --caption_column"),
-        ("{}", ["--image_column", "gif"], "have no .*gif.*: see --image_column"),
+        ("{}", ["--caption_column", "words"], "--caption_column words is none of png, txt, json"),
+        ("{}", ["--image_column", "gif"], "--image_column gif is none of png, txt, json"),
         ("{}/{{00001..00009}}.tar", [], "no .*/00003.tar"),
         ("{}/nothing.tar", [], "no .*/nothing.tar"),
         ("{}/..", [], "holds no .tar; a picture folder needs no --streaming"),
@@ -167,7 +167,7 @@ def test_dataset_of_the_library_is_streamed(tmp_path: Path) -> None:
 
     for shard in range(2):
         pictures = [Image.new("RGB", (SIZE, SIZE), (10 * (3 * shard + i),) * 3) for i in range(3)]
-        table = datasets.Dataset.from_dict({"image": pictures, "text": [[word, "other"] for word in "abc"]})
+        table = datasets.Dataset.from_dict({"image": pictures, "text": [[word, word.upper()] for word in "abc"]})
         table.cast_column("image", datasets.Image()).to_parquet(tmp_path / f"train-{shard}.parquet")
     command = ["--pretrained_model_name_or_path", "x", "--dataset_name", str(tmp_path), "--streaming"]
     command += ["--max_train_steps", "9", "--resolution", str(SIZE), "--train_batch_size", "3"]
@@ -175,9 +175,9 @@ def test_dataset_of_the_library_is_streamed(tmp_path: Path) -> None:
     dataset = trainer.load_dataset(args, tiny_pipeline())
     samples = [dataset[key] for batch in dataset.micro_batches(range(2), args) for key in batch]
     assert sorted(levels(samples)) == [0, 10, 20, 30, 40, 50]
-    words = dataset.tokenize(["a", "b", "c"])
     for level, sample in zip(levels(samples), samples):
-        assert torch.equal(sample["input_ids"], words[level // 10 % 3])  # the first of several captions
+        word = "abc"[level // 10 % 3]
+        assert sample["input_ids"].tolist() in dataset.tokenize([word, word.upper()]).tolist()
 
 
 def test_resumed_stream_ends_with_the_same_bits(train, tars: Path, tmp_path: Path) -> None:

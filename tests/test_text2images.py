@@ -255,12 +255,15 @@ def test_attention_reads_unpaired_inputs(quant_model: Path, model_dir: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("flags", "paired"),
-    [(["-qm", "q.pt"], True), (["-qm", "q.pt", "--guidance_scale", "1"], False), ([], False)]
-    + [(["-qm", "q.pt", "--no_paired_guidance"], False)],
+    ("flags", "paired"), [([], True), (["--guidance_scale", "1"], False), (["--no_paired_guidance"], False)]
 )
-def test_guidance_is_paired_in_int8_where_there_is_guidance(flags: list[str], paired: bool) -> None:
-    assert text2images.pairs_guidance(text2images.parse_args(["-m", "x", "-c", "y", *flags])) is paired
+def test_guidance_is_paired_in_int8_where_there_is_guidance(
+    quant_model: Path, model_dir: Path, flags: list[str], paired: bool
+) -> None:
+    args = text2images.parse_args(["-m", str(model_dir), "-qm", str(quant_model), "-c", "y", *flags])
+    assert text2images.run_facts(text2images.load_pipeline(args), args)["paired_guidance"] is paired
+    args = text2images.parse_args(["-m", str(model_dir), "-c", "y"])  # not without int8
+    assert text2images.run_facts(text2images.load_pipeline(args), args)["paired_guidance"] is False
 
 
 def test_no_paired_guidance_without_int8_is_refused(capsys) -> None:

@@ -18,7 +18,7 @@ from neural_compressor.torch.quantization import convert, prepare
 from PIL import Image
 
 import train_text_to_image_qat as trainer
-from conftest import ROOT, SIZE, run_command, tiny_pipeline, tiny_unet, training_in_process
+from conftest import ROOT, SIZE, batch_of, run_command, tiny_pipeline, tiny_unet, training_in_process
 
 
 def parse(*flags: str):
@@ -391,13 +391,15 @@ def test_center_crop_takes_the_middle() -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "run python create_metadata.py"),
+        ({}, "there are no pictures: is it the right folder"),
+        ({"a.jpg": "", "a.txt": ""}, "run python create_metadata.py"),
         ({"metadata.jsonl": "{}", "metadata.csv": ""}, "delete one"),
         ({"00000.tar": ""}, "--streaming"),
         ({"metadata.jsonl": '{"file_name": "a.jpg"}'}, "no 'text' among file_name"),
         ({"metadata.jsonl": '{"file_name": "../a.jpg", "text": ""}'}, "outside the folder"),
         ({"metadata.jsonl": '{"file_name": "/etc/a.jpg", "text": ""}'}, "outside the folder"),
-        ({"metadata.jsonl": "{broken"}, "write it again"),
+        ({"metadata.jsonl": "{broken"}, "after row 0: .*; mend that row"),
+        ({"metadata.jsonl": "{broken", ".create_metadata.sha256": ""}, "write it again"),
         ({"metadata.jsonl": "\n"}, "has no rows"),
     ],
 )
@@ -444,11 +446,11 @@ def test_unreadable_picture_is_replaced_and_counted(tmp_path: Path, data_dir: Pa
 def test_too_many_unreadable_pictures_stop_the_run() -> None:
     watch = trainer.Watch()
     losses = {"loss": torch.tensor(1.0)}
-    watch.note(losses, torch.tensor([1] * 11 + [0] * 29))  # it may be a tenth, and bad luck
-    with pytest.raises(trainer.UsageError, match="16 of 45 pictures could not be read"):
-        watch.note(losses, torch.tensor([1] * 5))
+    watch.note(losses, batch_of(torch.tensor([1] * 11 + [0] * 29)))  # it may be a tenth, and bad luck
+    with pytest.raises(trainer.UsageError, match="16 of 45 pictures could not be read, first a.jpg: spoilt; mend them"):
+        watch.note(losses, batch_of(torch.tensor([1] * 5)))
     with pytest.raises(trainer.UsageError, match="1 of 2 pictures could not be read"):
-        trainer.Watch().note(losses, torch.tensor([trainer.MAX_TRIES, 0]))
+        trainer.Watch().note(losses, batch_of(torch.tensor([trainer.MAX_TRIES, 0])))
 
 
 def test_samples_are_a_function_of_seed_epoch_and_row(data_dir: Path) -> None:
@@ -825,12 +827,12 @@ def test_dataset_columns_are_checked(model_dir: Path, tmp_path: Path) -> None:
     table.to_parquet(tmp_path / "train.parquet")
     pipeline = tiny_pipeline()
     args = parse("--dataset_name", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--resolution", "32")
-    with pytest.raises(trainer.UsageError, match="--image_column image is none of picture, words"):
+    with pytest.raises(trainer.UsageError, match="--caption_column text is none of picture, words"):
         trainer.load_dataset(args, pipeline)
     flags = ["--image_column", "picture", "--caption_column", "words", "--max_train_samples", "2"]
     args = parse("--dataset_name", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--resolution", "32", *flags)
     dataset = trainer.load_dataset(args, pipeline)
-    assert len(dataset) == 2 and dataset.caption(1) == "b"
+    assert len(dataset) == 2 and dataset.pair(1)[1] == ["b"]
     assert dataset[(0, 1)]["pixel_values"][0].mean().item() == pytest.approx(20 / 127.5 - 1, abs=0.01)
 
 

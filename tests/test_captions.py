@@ -1,0 +1,445 @@
+"""Captions and pictures as people have them: what stands in metadata, datasets and tars, and where."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+import create_metadata as cm
+import train_text_to_image_qat as trainer
+from conftest import SIZE, tiny_pipeline
+from test_streaming import picture, stream, write_tar
+from test_train_text_to_image_qat import parse
+
+# ---------------------------------------------------------------- one way in
+
+
+@pytest.mark.parametrize(
+    ("value", "captions"),
+    [
+        ("a hill", ["a hill"]),
+        (" a  hill ", [" a  hill "]),
+        ("", []),
+        (" \n", []),
+        (None, []),
+        (math.nan, []),
+        (b"a h\xc3\xbcgel", ["a h\u00fcgel"]),
+        (1984, ["1984"]),
+        (0, ["0"]),
+        (2.5, ["2.5"]),
+        (np.int64(7), ["7"]),
+        (np.array(["a", "b"]), ["a", "b"]),
+        (["a", None, "", "b"], ["a", "b"]),
+        ([], []),
+        (("a",), ["a"]),
+        ({"caption": "a", "text": "b", "url": "c"}, ["a"]),
+        ({"text": ["a", "b"]}, ["a", "b"]),
+        ({"caption": None}, []),
+        ([{"caption": "a"}, {"text": "b"}], ["a", "b"]),
+    ],
+)
+def test_what_may_stand_in_the_place_of_a_caption(value: Any, captions: list[str]) -> None:
+    assert trainer.captions_of(value) == captions
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (True, "a caption cannot be a bool"),
+        ({"url": "x", "prompt": "y"}, "a caption cannot be a dict with the keys url, prompt"),
+        ([0.25, 0.5], "a caption cannot be a list of numbers"),
+        ([["a"], [1]], "a caption cannot be a list of numbers"),
+        (object(), "a caption cannot be a object"),
+        ({f"key {n}": "secret" for n in range(99)}, "key 11 and 87 more"),
+    ],
+)
+def test_what_may_not(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        trainer.captions_of(value)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("value", "captions"), [(1, ["lake"]), (-1, []), ([0, 1], ["hill", "lake"]), (None, [])])
+def test_class_labels_are_their_names(value: Any, captions: list[str]) -> None:
+    assert trainer.captions_of(value, ["hill", "lake"]) == captions
+
+
+def write_rows(folder: Path, rows: list[Any], name: str = "metadata.jsonl") -> None:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def captions_in(folder: Path, column: str = "text") -> list[Any]:
+    return [caption for _, caption in trainer.read_metadata(folder, "file_name", column)]
+
+
+def test_metadata_may_hold_any_of_it(tmp_path: Path) -> None:
+    values = ["a", ["b", "c"], {"caption": "d"}, 5, None, ["e"]]
+    write_rows(tmp_path, [{"file_name": f"{n}.jpg", "text": value} for n, value in enumerate(values)])
+    assert captions_in(tmp_path) == ["a", ["b", "c"], "d", "5", "", "e"]
+    write_rows(tmp_path, [{"file_name": "a.jpg"}, {"file_name": "b.jpg", "caption": "b"}])
+    assert captions_in(tmp_path) == ["", "b"]  # the usual other name, and a row without
+    write_rows(tmp_path, [{"file_name": "a.jpg", "about": {"prompt": "p", "seed": 1}}])
+    assert captions_in(tmp_path, "about.prompt") == ["p"]
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "message"),
+    [
+        ({"text": True}, "text", "row 2, text: a caption cannot be a bool"),
+        ({"text": {"a": "secret"}}, "text", "row 2, text: .*keys a: give --caption_column text.KEY"),
+        ({"text": {"a": "secret"}}, "text.b", "row 2, text: no 'b' in a dict with the keys a"),
+        ({"words": "secret"}, "title", "no 'title' among file_name, text, words; see --caption_column"),
+        ({"file_name": None}, "text", "row 2: no 'file_name' among .*; see --image_column"),
+        ({"file_name": 7}, "text", "row 2: file_name is no text; see --image_column"),
+        ({"file_name": "a\\..\\..\\b.jpg"}, "text", "row 2: .* lies outside the folder"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, row: dict, column: str, message: str) -> None:
+    write_rows(tmp_path, [{"file_name": "a.jpg", "text": {"b": "x"} if "." in column else "a"}])
+    with open(tmp_path / "metadata.jsonl", "a") as file:
+        file.write(json.dumps({"file_name": "b.jpg", "text": "b" * 9000} | row) + "\n")
+    with pytest.raises(trainer.UsageError, match=message) as refused:
+        captions_in(tmp_path, column)
+    assert "secret" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_another_caption_is_drawn_in_another_epoch_by_seed_and_row(data_dir: Path) -> None:
+    rows = [(str(data_dir / "0001.jpg"), ["one", "two", "three"])]
+    flags = ["--proportion_empty_prompts", "0", "--resolution", str(SIZE)]
+    datasets = [trainer.CaptionedImages(rows, tiny_pipeline().tokenizer, parse(*flags)) for _ in "ab"]
+    words = {tuple(ids): word for word, ids in zip(rows[0][1], datasets[0].tokenize(rows[0][1]).tolist())}
+    first, again = ([words[tuple(d[(e, 0)]["input_ids"].tolist())] for e in range(60)] for d in datasets)
+    assert first == again and min(Counter(first).values()) > 8 and len(set(first)) == 3
+
+
+def test_several_captions_are_cached_each_for_itself(train, data_dir: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (data_dir / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"file_name": str(data_dir / row["file_name"]), "text": [row["text"], "another"]}
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for row in rows:
+        name = Path(row["file_name"]).name
+        (folder / name).write_bytes(Path(row["file_name"]).read_bytes())
+        row["file_name"] = name
+    write_rows(folder, rows)
+    flags = ["--train_data_dir", str(folder), "--max_train_steps", "12", "--center_crop", "--learning_rate", "1e-3"]
+    flags += ["--train_batch_size", "1"]  # pairs are encoded one by one: the bits of another size may differ
+    plain = train(tmp_path / "plain", *flags)
+    cached = train(tmp_path / "cached", *flags, "--cache_latents")
+    assert plain["checksum"] == cached["checksum"]
+    (latents,) = (tmp_path / "cached").glob("latents-*")
+    names = [path.stem for path in latents.iterdir()]
+    assert any(name.endswith("-caption0") for name in names) and any(name.endswith("-caption1") for name in names)
+
+
+def test_captions_are_described_before_the_training(train, tmp_path: Path, data_dir: Path, caplog) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for index, text in enumerate(["short", "long " * 40, ""]):
+        (folder / f"{index}.jpg").write_bytes((data_dir / f"{index:04d}.jpg").read_bytes())
+        with open(folder / "metadata.jsonl", "a") as file:
+            file.write(json.dumps({"file_name": f"{index}.jpg", "text": text}) + "\n")
+    caplog.set_level("INFO")
+    train(tmp_path / "out", "--train_data_dir", str(folder), "--num_train_epochs", "2")
+    told = "captions of the 3 pairs: 1 missing, 1 cut, being longer than the 77 tokens that the text encoder reads"
+    assert told in caplog.text and re.search("[23] pictures had no caption", caplog.text)
+    assert re.search("the first one in training: '(short|long long .*)'", caplog.text)
+
+
+def test_data_without_any_caption_is_refused_unless_none_is_wanted(tmp_path: Path, data_dir: Path) -> None:
+    rows = [(str(data_dir / "0001.jpg"), "")] * 3
+    for share, refused in (("0.5", True), ("1", False)):
+        args = parse("--resolution", str(SIZE), "--proportion_empty_prompts", share)
+        dataset = trainer.CaptionedImages(rows, tiny_pipeline().tokenizer, args)
+        if refused:
+            with pytest.raises(trainer.UsageError, match="none of 3 pairs has a caption: see --caption_column"):
+                trainer.describe_captions(dataset, args)
+        else:
+            trainer.describe_captions(dataset, args)
+
+
+# ---------------------------------------------------------------- tars and datasets
+
+
+def read_stream(folder: Path, *flags: str) -> Counter:
+    """How often each caption comes in the first two passes."""
+    dataset, args = stream(folder, *flags)
+    keys = [key for batch in dataset.micro_batches(range(8), args) for key in batch]
+    return Counter(caption for key in keys for caption in dataset.pair(key[1])[1] or [""])
+
+
+def tar_of(folder: Path, members: dict[str, Any]) -> Path:
+    """Eight pairs; {n} in a text stands for their number."""
+    folder.mkdir()
+    content: dict[str, bytes] = {}
+    for n in range(8):
+        content[f"{n:05d}.jpg"] = picture(n, "JPEG")
+        for ending, text in members.items():
+            text = text if isinstance(text, str) else json.dumps(text)
+            content[f"{n:05d}.{ending}"] = text.replace("{n}", str(n)).encode()
+    write_tar(folder / "00000.tar", content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("members", "flags", "expected"),
+    [
+        ({"json": {"caption": "json {n}", "url": "x"}}, [], "json {n}"),
+        ({"json": {"caption": "json {n}"}, "txt": "txt {n}"}, [], "txt {n}"),
+        ({"json": {"caption": "json {n}"}, "txt": ""}, [], "json {n}"),  # where there is no text
+        ({"json": {"caption": "json {n}"}, "txt": "txt {n}"}, ["--caption_column", "json"], "json {n}"),
+        ({"json": {"prompt": "json {n}"}}, ["--caption_column", "json.prompt"], "json {n}"),
+        ({"caption": "caption {n}"}, [], "caption {n}"),
+        ({"cls": "{n}"}, ["--caption_column", "cls"], "{n}"),
+        ({"de.txt": "hügel {n}"}, ["--caption_column", "de.txt"], "hügel {n}"),
+    ],
+)
+def test_tars_with_other_captions(tmp_path: Path, members: dict, flags: list[str], expected: str) -> None:
+    found = read_stream(tar_of(tmp_path / "tars", members), *flags)
+    assert found == {expected.replace("{n}", str(n)): 2 for n in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("members", "flags", "message"),
+    [
+        ({"json": {"prompt": "x", "url": "secret"}}, [], "json: .*keys prompt, url: give --caption_column json.KEY"),
+        ({"json": {"caption": "x"}}, ["--caption_column", "txt"], "txt is none of jpg, json"),
+        ({"html": "x"}, [], "--caption_column text is none of jpg, html"),
+        ({"json": {"caption": [1, 2]}}, [], r"file 0 of the stream, pair \d, json: a caption cannot be a list of n"),
+    ],
+)
+def test_tars_whose_captions_cannot_be_used(tmp_path: Path, members: dict, flags: list[str], message: str) -> None:
+    with pytest.raises(trainer.UsageError, match=message) as refused:
+        read_stream(tar_of(tmp_path / "tars", members), *flags)
+    assert "secret" not in str(refused.value)
+
+
+def captioned_table(column: Any) -> Any:
+    import datasets
+
+    pictures = [{"bytes": picture(n), "path": None} for n in range(4)]
+    features = datasets.Features({"image": datasets.Image(), "text": column[0]})
+    return datasets.Dataset.from_dict({"image": pictures, "text": column[1]}, features=features)
+
+
+def captions_of_dataset(tmp_path: Path, *flags: str) -> list[list[str]]:
+    args = parse("--cache_dir", str(tmp_path / "cache"), "--resolution", str(SIZE), *flags)
+    return list(trainer.load_dataset(args, tiny_pipeline()).all_captions())
+
+
+def test_class_labels_of_datasets_and_folders(tmp_path: Path) -> None:
+    import datasets
+
+    label = datasets.ClassLabel(names=["hill", "lake"])
+    captioned_table((label, [0, 1, -1, None])).to_parquet(tmp_path / "table/train.parquet")
+    assert captions_of_dataset(tmp_path, "--dataset_name", str(tmp_path / "table")) == [["hill"], ["lake"], [], []]
+    for n in range(4):
+        folder = tmp_path / "folders" / ("hill", "lake")[n % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{n}.png").write_bytes(picture(n))
+    flags = ["--dataset_name", str(tmp_path / "folders"), "--caption_column", "label"]
+    assert captions_of_dataset(tmp_path, *flags) == [["hill"], ["hill"], ["lake"], ["lake"]]
+    streamed = parse(*flags, "--streaming", "--max_train_steps", "1", "--cache_dir", str(tmp_path / "cache"))
+    found = trainer.load_dataset(streamed, tiny_pipeline()).all_captions()
+    assert sorted(found) == [["hill"], ["hill"], ["lake"], ["lake"]]
+
+
+def test_captions_of_a_dataset_that_cannot_be_used_end_the_run(tmp_path: Path) -> None:
+    import datasets
+
+    numbers = (datasets.List(datasets.Value("float32")), [[0.5]] * 4)
+    captioned_table(numbers).to_parquet(tmp_path / "table/train.parquet")
+    with pytest.raises(trainer.UsageError, match="row 0, text: a caption cannot be a list of numbers"):
+        captions_of_dataset(tmp_path, "--dataset_name", str(tmp_path / "table"))
+
+
+@pytest.mark.parametrize("flag", ["--dataset_name", "--train_data_dir"])
+@pytest.mark.parametrize("kind", ["save_to_disk", "dict", "parquet", "bytes"])
+def test_datasets_on_disk_load(tmp_path: Path, kind: str, flag: str) -> None:
+    """Whichever flag names them, whatever holds the pictures, all at once or as a stream."""
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    folder, words = tmp_path / "table", ["a", "b", "c", "d"]
+    table = captioned_table((datasets.Value("string"), words))
+    if kind == "save_to_disk":
+        table.save_to_disk(folder)
+    elif kind == "dict":
+        datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(folder)
+    elif kind == "parquet":
+        table.to_parquet(folder / "data/train.parquet")
+    else:  # no features: bytes as they are
+        folder.mkdir()
+        rows = {"jpg": [picture(n) for n in range(4)], "caption": words}
+        parquet.write_table(pyarrow.table(rows), folder / "00000.parquet")
+    flags = [flag, str(folder), "--cache_dir", str(tmp_path / "cache"), "--proportion_empty_prompts", "0"]
+    if flag == "--train_data_dir":
+        flags = ["--pretrained_model_name_or_path", "x", *flags]
+        args = trainer.parse_args([*flags, "--resolution", str(SIZE)])
+    else:
+        args = parse(*flags, "--resolution", str(SIZE))
+    for more in ({}, {"streaming": True, "max_train_steps": 1}):
+        vars(args).update(more)
+        dataset = trainer.load_dataset(args, tiny_pipeline())
+        assert sorted(captions[0] for captions in dataset.all_captions()) == words
+        keys = [key for batch in dataset.micro_batches(range(1), args) for key in batch]
+        levels = {round(((dataset[key]["pixel_values"].mean() + 1) * 127.5).item()) for key in keys}
+        assert levels == {0, 1, 2, 3}
+
+
+def test_a_dataset_script_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table/table.py").write_text("raise SystemExit('it ran')\n")
+    with pytest.raises(trainer.UsageError, match="scripts are no longer supported.*Parquet files of it work"):
+        captions_of_dataset(tmp_path, "--dataset_name", str(tmp_path / "table"))
+
+
+# ---------------------------------------------------------------- metadata that is elsewhere, or otherwise
+
+
+ROW = {"file_name": "a.jpg", "text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.jsonl", json.dumps(ROW)),
+        ("metadata.jsonl", "\ufeff" + json.dumps(ROW) + "\n\n"),
+        ("metadata.jsonl", json.dumps([ROW])),
+        ("metadata.json", json.dumps([ROW], indent=2)),
+        ("metadata.json", json.dumps(ROW)),
+        ("metadata.csv", "file_name,text\na.jpg,a\n"),
+    ],
+)
+def test_metadata_of_other_names_and_forms_is_read(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert trainer.read_metadata(tmp_path, "file_name", "text") == [(str(tmp_path / "a.jpg"), "a")]
+
+
+def test_metadata_in_parquet_is_read(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"file_name": ["a.jpg", "b.jpg"], "text": [["a", "b"], None]}),
+                        tmp_path / "metadata.parquet")  # fmt: skip
+    assert captions_in(tmp_path) == [["a", "b"], ""]
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(trainer.UsageError, match="metadata.parquet, after row 0: "):
+        captions_in(tmp_path)
+
+
+def test_somebody_elses_metadata_json_does_not_count_beside_a_jsonl(tmp_path: Path) -> None:
+    write_rows(tmp_path, [ROW])
+    (tmp_path / "metadata.json").write_text('{"dataset": "of somebody"}')
+    assert captions_in(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "message"),
+    [
+        (["train/metadata.jsonl", "train/a.jpg"], ".", "it is in {}/train: give that folder"),
+        (["train/metadata.csv", "test/metadata.csv"], ".", "it is in {}/test, {}/train: give that folder"),
+        (["metadata.jsonl", "images/a.jpg"], "images", "it is in {}: give that folder"),
+        (["metadata.json1", "a.jpg"], ".", "is it metadata.json1? Call it metadata.jsonl"),
+        (["captions.csv", "a.jpg"], ".", "is it captions.csv? Call it metadata.jsonl, .csv"),
+        (["captions.csv", "a.jpg", "a.txt"], ".", "run python create_metadata.py"),
+        (["00000.parquet", "00000/a.jpg", "00000/a.txt", "00000_stats.json"], ".", "run python create_metadata.py"),
+        (["a.jpg"], ".", "run python create_metadata.py --image_path"),
+        (["00000.tar"], ".", "add it"),
+        (["readme.md"], ".", "there are no pictures: is it the right folder?"),
+    ],
+)
+def test_what_is_there_instead_of_metadata_is_named(tmp_path: Path, files: list[str], given: str, message: str) -> None:
+    root = tmp_path / "data"
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("{}")
+    with pytest.raises(trainer.UsageError) as refused:
+        trainer.load_dataset(parse_folder(root / given), tiny_pipeline())
+    assert message.replace("{}", str(root)) in str(refused.value)
+
+
+def parse_folder(folder: Path, *flags: str) -> Any:
+    return trainer.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", str(folder), *flags])
+
+
+def test_backslashes_of_windows_are_slashes_unless_they_are_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("images/a.jpg", "images\\b.jpg"):
+        (tmp_path / name).write_bytes(picture(1))
+    write_rows(tmp_path, [{"file_name": name, "text": "x"} for name in ("images\\a.jpg", "images\\b.jpg")])
+    paths = [path for path, _ in trainer.read_metadata(tmp_path, "file_name", "text")]
+    assert paths == [f"{tmp_path}/images/a.jpg", f"{tmp_path}/images\\b.jpg"]
+
+
+@pytest.mark.parametrize(("mine", "remedy"), [(True, "run create_metadata.py --image_path"), (False, "mend them")])
+def test_the_first_picture_that_fails_is_named_with_its_own_error(
+    train, tmp_path: Path, mine: bool, remedy: str
+) -> None:
+    for n in range(2):
+        (tmp_path / f"{n}.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(500))
+        (tmp_path / f"{n}.txt").write_text("x")
+    (tmp_path / "2.jpg").write_bytes(picture(1))
+    (tmp_path / "2.txt").write_text("x")
+    if mine:
+        cm.main(["--image_path", str(tmp_path), "--no_verify"])
+    else:
+        write_rows(tmp_path, [{"file_name": f"{n}.jpg", "text": "x"} for n in range(2)])
+        (tmp_path / "2.jpg").unlink()
+    with pytest.raises(trainer.UsageError) as refused:
+        train(tmp_path / "out", "--train_data_dir", str(tmp_path), "--max_train_steps", "60")
+    message = str(refused.value)
+    assert "jpg: a HEIC picture, which is read where pillow-heif is installed; " in message and remedy in message
+    assert ("--overwrite" in message) is mine
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def png_with_text(size: int) -> bytes:
+    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text("workflow", "x" * size, zip=True)
+    Image.new("RGB", (9, 9), (7, 7, 7)).save(file, "PNG", pnginfo=info)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("megabytes", [3, 30])
+def test_a_sound_png_with_megabytes_of_text_is_used(megabytes: int) -> None:
+    assert trainer.read_picture(png_with_text(megabytes << 20)).getpixel((0, 0)) == (7, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\xff\x0a" + bytes(99), "a JPEG XL picture"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "a JPEG XL picture"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (b"", "an empty file"),
+        (b"no picture", "no picture in a format that is read"),
+        (None, "there is no picture"),
+        ({"bytes": None, "path": None}, "there is no picture"),
+        ([1, 2], "a list is no picture"),
+    ],
+)
+def test_what_is_no_picture_is_named(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer.read_picture(data)
+
+
+def test_a_picture_may_come_in_any_form(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(9))
+    forms = [str(tmp_path / "a.png"), picture(9), {"bytes": picture(9), "path": "gone.png"}]
+    forms += [{"bytes": None, "path": str(tmp_path / "a.png")}, Image.open(tmp_path / "a.png")]
+    for form in forms:
+        assert trainer.read_picture(form).getpixel((0, 0)) == (9, 9, 9)
