@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import sys
@@ -45,7 +46,9 @@ METRICS = {  # heading and format, in the order of the table
     "clip_score": ("CLIP score", "{:.2f}"),
     "fid": ("FID", "{:.2f}"),
 }
-SAME = ("steps", "guidance_scale", "negative_prompt", "scheduler")  # must agree, or pictures are not comparable
+# Must agree, or pictures are not comparable.
+SAME = ("steps", "guidance_scale", "negative_prompt", "scheduler", "clip_skip")
+NEEDED = ("caption", "seed", "file", "status", "precision", "dtype", "unet_mb", "seconds", "peak_memory_gib")
 
 
 class UsageError(Exception):
@@ -62,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clip_model", metavar="NAME", help=text)
     text = "fetch what LPIPS, FID and the CLIP score lack: 2 GB; without it nothing is downloaded"
     parser.add_argument("--download", action="store_true", help=text)
+    parser.add_argument("--debug", action="store_true", help="show the traceback with an error")
     args = parser.parse_args(argv)
     for folder in (args.reference, *args.candidates):
         if not (folder / "results.jsonl").is_file():
@@ -83,8 +87,13 @@ class Folder:
 
     def picture(self, key: tuple[str, int]) -> np.ndarray:
         """[H, W, 3], uint8."""
-        with Image.open(self.path / self.rows[key]["file"]) as image:
-            return np.asarray(image.convert("RGB"))
+        file = self.path / self.rows[key]["file"]
+        try:
+            with Image.open(file) as image:
+                return np.asarray(image.convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise about ten kinds
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UsageError(f"{file}: {reason}; paint it again, or take its row out of results.jsonl") from error
 
     def median(self, fact: str) -> float:
         return float(np.median([row[fact] for row in self.rows.values()]))
@@ -94,14 +103,22 @@ def read_folder(path: Path) -> Folder:
     """Rows with a picture.
 
     Raises:
-        UsageError: two pictures of one caption and seed: which one is meant?
+        UsageError: a row is damaged, or two pictures are of one caption and seed: which one is meant?
     """
     rows: dict[tuple[str, int], dict] = {}
-    lines = (path / "results.jsonl").read_text(encoding="utf-8").split("\n")
-    for line in filter(str.strip, lines):
-        row = json.loads(line)
-        key = (row["caption"], row["seed"])
-        if row["file"] is None or row["status"] != "ok":
+    with open(path / "results.jsonl", encoding="utf-8", errors="replace", newline="\n") as file:
+        lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+            key, file, status = (row["caption"], row["seed"]), row["file"], row["status"]
+            missing = [] if file is None or status != "ok" else [name for name in NEEDED if row.get(name) is None]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            missing = [str(error)]
+        if missing:
+            problem = f"{path}/results.jsonl, line {number} is damaged or of another program ({missing[0][:80]})"
+            raise UsageError(f"{problem}: take that line out, or paint into a new folder")
+        if file is None or status != "ok":
             continue
         if key in rows:
             raise UsageError(
@@ -120,16 +137,20 @@ def pair(folders: list[Folder]) -> list[tuple[str, int]]:
     reference = folders[0]
     keys = [key for key in reference.rows if all(key in folder.rows for folder in folders)]
     if not keys:
-        raise UsageError(f"no caption and seed is in all of {', '.join(str(folder.path) for folder in folders)}")
+        counts = ", ".join(f"{folder.path} ({len(folder.rows)} pictures)" for folder in folders)
+        raise UsageError(f"no caption and seed is in all of {counts}: paint the same captions with the same --seed")
     for folder in folders:
         alone = len(folder.rows) - len(keys)
         if alone:
             print(f"{folder.path}: {alone} of {len(folder.rows)} pictures have no partner and are left out")
         for key in keys:
-            changed = [fact for fact in SAME if folder.rows[key][fact] != reference.rows[key][fact]]
+            ours, theirs = folder.rows[key], reference.rows[key]
+            changed = [fact for fact in SAME if ours.get(fact) != theirs.get(fact)]
             if changed:
-                values = f"{folder.rows[key][changed[0]]}, not {reference.rows[key][changed[0]]}"
-                raise UsageError(f"{folder.path}: {key[0]!r} was painted with {changed[0]} {values}: not comparable")
+                values = f"{ours.get(changed[0])}, not {theirs.get(changed[0])}"
+                raise UsageError(
+                    f"{folder.path}: {key[0][:60]!r} was painted with {changed[0]} {values}: not comparable"
+                )
     return keys
 
 
@@ -302,7 +323,7 @@ def clip_score(name: str | None, download: bool) -> ClipScore | None:
                 raise OSError("no such folder, and not in the hub's cache")
             where = str(Path(config).parent)  # about a hub id, the libraries ask the network even for a cached one
         return ClipScore(where)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the libraries fail in ways of their own
         if name is None and not download:
             return None
         reason = str(error).strip().split("\n")[0]
@@ -339,7 +360,10 @@ def report(folders: list[Folder], keys: list[tuple[str, int]]) -> dict:
     summary: dict = {"pairs": len(keys), "reference": str(folders[0].path), "folders": [], "differences": []}
     for folder in folders:
         first = next(iter(folder.rows.values()))
-        row = {"folder": str(folder.path), **{fact: first[fact] for fact in ("precision", "dtype", "unet_mb", *SAME)}}
+        row = {
+            "folder": str(folder.path),
+            **{fact: first.get(fact) for fact in ("precision", "dtype", "unet_mb", *SAME)},
+        }
         row |= {"seconds": folder.median("seconds"), "peak_memory_gib": folder.median("peak_memory_gib")}
         row["speedup"] = folders[0].median("seconds") / row["seconds"]
         row |= {metric: interval(values) for metric, values in folder.values.items()}
@@ -431,13 +455,17 @@ def main(argv: list[str] | None = None) -> None:
     if missing:
         print(f"\n{', '.join(missing)}: not measured, as the weights are not on this machine (--download gets them)")
     output_dir = args.output_dir or args.candidates[-1]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    partial = output_dir / "report.json.partial"
-    partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, output_dir / "report.json")
-    partial = output_dir / "contact_sheet.png.partial"
-    contact_sheet(folders[0], folders[-1], keys).save(partial, format="PNG")
-    os.replace(partial, output_dir / "contact_sheet.png")
+    sheet = contact_sheet(folders[0], folders[-1], keys)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        partial = output_dir / "report.json.partial"
+        partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, output_dir / "report.json")
+        partial = output_dir / "contact_sheet.png.partial"
+        sheet.save(partial, format="PNG")
+        os.replace(partial, output_dir / "contact_sheet.png")
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir} cannot be written to: {error.strerror}") from error
     print(f"\n{output_dir / 'report.json'}, {output_dir / 'contact_sheet.png'}")
     if args.min_psnr is not None and min(np.mean(folder.values["psnr"]) for folder in folders[1:]) < args.min_psnr:
         print(f"below --min_psnr {args.min_psnr}", file=sys.stderr)
@@ -448,5 +476,7 @@ if __name__ == "__main__":
     try:
         main()
     except UsageError as error:
+        if "--debug" in sys.argv:
+            logging.exception("the traceback of the error below")
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -285,3 +285,46 @@ def test_clip_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     folders = [str(folder(tmp_path / name, pictures(2))) for name in ("a", "b")]
     with pytest.raises(evaluate.UsageError, match="--clip_model nowhere/at-all: .*name a folder, or --download"):
         evaluate.main([*folders, "--clip_model", "nowhere/at-all"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"caption": "a capt', "line 3 is damaged or of another program"),
+        ("[1]", "line 3 is damaged or of another program"),
+        ("\xff\xfe", "line 3 is damaged or of another program"),
+        ('{"caption": "x", "seed": 1}', r"line 3 is damaged or of another program \('file'\)"),
+        ('{"caption": "x", "seed": 1, "file": "1.png", "status": "ok"}', r"of another program \(precision\)"),
+    ],
+)
+def test_a_damaged_row_is_named(tmp_path: Path, line: str, message: str) -> None:
+    first, second = (folder(tmp_path / name, pictures(2)) for name in "ab")
+    with open(second / "results.jsonl", "a", encoding="latin-1") as file:
+        file.write(line + "\n")
+    with pytest.raises(evaluate.UsageError, match=f"{second}/results.jsonl, .*{message}"):
+        evaluate.main([str(first), str(second)])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda file: file.unlink(), "No such file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:60]), "truncated"),
+        (lambda file: file.write_bytes(b"no picture"), "cannot identify"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, spoil, message: str) -> None:
+    first, second = (folder(tmp_path / name, pictures(2)) for name in "ab")
+    spoil(second / "1.png")
+    with pytest.raises(evaluate.UsageError, match=f"{second}/1.png: .*{message}.*; paint it again"):
+        evaluate.main([str(first), str(second)])
+    assert not (second / "report.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_and_pictures_that_differ_in_clip_skip(tmp_path: Path) -> None:
+    first, second = (folder(tmp_path / name, pictures(2)) for name in "ab")
+    with pytest.raises(evaluate.UsageError, match="--output_dir .* cannot be written to: Not a directory"):
+        evaluate.main([str(first), str(second), "--output_dir", str(first / "0.png" / "x")])
+    third = folder(tmp_path / "c", pictures(2), clip_skip=1)
+    with pytest.raises(evaluate.UsageError, match="painted with clip_skip 1, not None"):
+        evaluate.main([str(first), str(third)])
