@@ -1944,6 +1944,8 @@ class Trainer:
             state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
             for name, part in self.parts().items():
                 part.load_state_dict(state[name])
+            if self.ema is not None:  # which takes its averages as they come
+                self.ema.to(self.student.device)
             self.step, self.losses = state["step"], state["losses"]
         except Exception as error:  # a damaged file fails in many ways
             raise UsageError(
