@@ -104,6 +104,7 @@ if importlib.util.find_spec("pillow_heif"):
     IMAGE_FORMATS.append("HEIF")
 # Programs that make pictures write their whole workflow into a PNG; Pillow would refuse above 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20, 128 << 20
+VALIDATION_STEPS = 30  # denoising steps of a validation picture
 MAX_BAD_STEPS = 5  # stop after so many non-finite losses in a row
 COMPILE_ABOVE = 100_000_000  # parameters: smaller UNets train in the time that compiling takes
 BF16_ABOVE = 100_000_000  # likewise: smaller ones train in fp32 in minutes, and bf16's rounding hides what weights err
@@ -423,6 +424,12 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Pipelin
     unet_config = load_unet_config(name, args)
     unet = load_part(name, index, "unet", args)
     sampler = load_part(name, index, "scheduler", args)
+    if args.validation_prompts:
+        try:  # an LCM sampler, say, may not have as many
+            copy.deepcopy(sampler).set_timesteps(VALIDATION_STEPS)
+        except Exception as error:
+            problem = f"the checkpoint's {type(sampler).__name__} paints none in {VALIDATION_STEPS} steps"
+            raise UsageError(f"--validation_prompts: {problem} ({first_line(error)}); leave it out") from error
     if "beta_start" not in sampler.config and "trained_betas" not in sampler.config:
         raise UsageError(f"{name}: its scheduler, {type(sampler).__name__}, has no betas to noise pictures by")
     pipeline = Pipeline(
@@ -1061,6 +1068,8 @@ def load_dataset(args: argparse.Namespace, pipeline: Pipeline) -> CaptionedImage
         rows, columns = load_rows(args)
         kind = StreamedImages if args.streaming else CaptionedImages
         dataset = kind(rows, pipeline.tokenizer, args, columns)
+    size = f"streaming from {dataset.rows.num_shards} files" if args.streaming else f"{len(dataset)} captioned pictures"
+    logger.info(size)
     return dataset
 
 
@@ -2323,7 +2332,7 @@ def validate(
             painter.set_progress_bar_config(disable=True)
             prompts = args.validation_prompts
             generators = [generator_for(args.seed, "validation", index) for index in range(len(prompts))]
-            size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 30}
+            size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": VALIDATION_STEPS}
             with accelerator.autocast():
                 pictures.append(painter(prompts, generator=generators, output_type="np", **size).images)
         student.train()
@@ -2398,9 +2407,13 @@ def push_to_hub(args: argparse.Namespace) -> None:
     from huggingface_hub import create_repo, upload_folder
 
     name = args.hub_model_id or args.output_dir.resolve().name
-    repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
     patterns = ["quant_model.pt", "validation/*.png"]
-    upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=patterns, token=args.hub_token)
+    try:
+        repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+        upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=patterns, token=args.hub_token)
+    except Exception as error:  # of the network, of the hub's own rules, ...
+        kept = f"{args.output_dir / 'quant_model.pt'} is written all the same"
+        raise TrainingError(f"--push_to_hub {name}: {first_line(error)}; {kept}") from error
     logger.info(f"pushed to {repo_id}")
 
 

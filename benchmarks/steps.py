@@ -66,7 +66,7 @@ def finished_latents(
         pipeline.unet = unets[step + 1 in int8_steps]
         return tensors
 
-    edge = unets[0].config.sample_size * pipeline.vae_scale_factor
+    height, width = painter.picture_size(pipeline, settings)
     finished = []
     for first in range(0, len(settings.captions), BATCH):
         captions = settings.captions[first : first + BATCH]
@@ -74,11 +74,11 @@ def finished_latents(
         pipeline.unet = unets[0 in int8_steps]
         painted = pipeline(
             captions,
-            height=edge,
-            width=edge,
+            height=height,
+            width=width,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
-            latents=painter.initial_latents(pipeline, jobs, edge, edge),
+            latents=painter.initial_latents(pipeline, jobs, height, width),
             output_type="latent",
             callback_on_step_end=switch,
         )

@@ -373,6 +373,10 @@ def test_samplers_that_cannot_are_refused_in_one_line(checkpoint: Path) -> None:
     edit(checkpoint / "model_index.json", scheduler=["diffusers", "EDMEulerScheduler"])
     assert "has no betas" in refusal(text2images, checkpoint, "--scheduler", "ddim")
     assert "has no betas" in refusal(trainer, checkpoint)
+    diffusers.LCMScheduler(**BETAS, original_inference_steps=20).save_pretrained(checkpoint / "scheduler")
+    edit(checkpoint / "model_index.json", scheduler=["diffusers", "LCMScheduler"])
+    load(trainer, checkpoint)
+    assert "LCMScheduler paints none in 30 steps" in refusal(trainer, checkpoint, "--validation_prompts", "a")
 
 
 # ---------------------------------------------------------------- clip skip
