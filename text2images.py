@@ -775,7 +775,7 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     unet_config = load_unet_config(name, args)
     names = ("tokenizer", "text_encoder", "vae", "scheduler")
     parts = {part: load_part(name, index, part, args, dtype) for part in names}
-    check_text_parts(parts["tokenizer"], parts["text_encoder"], unet_config, name)
+    check_parts(parts["tokenizer"], parts["text_encoder"], parts["vae"], unet_config, name)
     if args.quantized_model_name_or_path is not None:
         payload = read_quant_model(args.quantized_model_name_or_path)
         check_architecture(payload, unet_config, name)
@@ -917,8 +917,8 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-def check_text_parts(tokenizer: Any, text_encoder: Any, unet_config: Any, name: str) -> None:
-    """Tokenizer, text encoder and UNet must fit each other; gives the tokenizer the length that the encoder reads.
+def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[str, Any], name: str) -> None:
+    """The parts must fit each other; gives the tokenizer the length that the text encoder reads.
 
     Raises:
         UsageError: they do not, or the tokenizer has lost its vocabulary.
@@ -938,7 +938,10 @@ def check_text_parts(tokenizer: Any, text_encoder: Any, unet_config: Any, name: 
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions or 77)
     if getattr(text_encoder.config, "use_attention_mask", False):
         raise UsageError(f"{name}: its text encoder wants attention masks, which are not supported")
-    width = unet_config.get("encoder_hid_dim") or unet_config["cross_attention_dim"]
+    channels = unet_config.get("in_channels", 4)
+    if channels != vae.config.latent_channels:
+        raise UsageError(f"{name}: its UNet takes {channels} channels; only text-to-image models are supported")
+    width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", 1280)
     widths = set(width) if isinstance(width, (list, tuple)) else {width}
     ids = tokenizer("a", padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():

@@ -440,12 +440,9 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Pipelin
         noise_scheduler=DDPMScheduler.from_config(sampler.config),
         sampler=sampler,
     )
-    check_text_parts(pipeline.tokenizer, pipeline.text_encoder, unet_config, name)
+    check_parts(pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, unet_config, name)
     if pipeline.noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UsageError(f"{name}: unknown prediction type {pipeline.noise_scheduler.config.prediction_type}")
-    if unet.config.in_channels != pipeline.vae.config.latent_channels:
-        channels = unet.config.in_channels
-        raise UsageError(f"{name}: its UNet takes {channels} channels; only text-to-image models are supported")
     pixels = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     if args.resolution % pixels:
         raise UsageError(f"--resolution {args.resolution}: the VAE of {name} needs a multiple of {pixels}")
@@ -573,8 +570,8 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-def check_text_parts(tokenizer: Any, text_encoder: Any, unet_config: Any, name: str) -> None:
-    """Tokenizer, text encoder and UNet must fit each other; gives the tokenizer the length that the encoder reads.
+def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[str, Any], name: str) -> None:
+    """The parts must fit each other; gives the tokenizer the length that the text encoder reads.
 
     Raises:
         UsageError: they do not, or the tokenizer has lost its vocabulary.
@@ -594,7 +591,10 @@ def check_text_parts(tokenizer: Any, text_encoder: Any, unet_config: Any, name: 
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions or 77)
     if getattr(text_encoder.config, "use_attention_mask", False):
         raise UsageError(f"{name}: its text encoder wants attention masks, which are not supported")
-    width = unet_config.get("encoder_hid_dim") or unet_config["cross_attention_dim"]
+    channels = unet_config.get("in_channels", 4)
+    if channels != vae.config.latent_channels:
+        raise UsageError(f"{name}: its UNet takes {channels} channels; only text-to-image models are supported")
+    width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", 1280)
     widths = set(width) if isinstance(width, (list, tuple)) else {width}
     ids = tokenizer("a", padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():

@@ -77,7 +77,7 @@ def save(folder: Path, **parts: Any) -> Path:
 
 
 def test_both_scripts_load_a_checkpoint_by_the_same_lines() -> None:
-    names = "checkpoint_name load_index no_checkpoint load_part variants part_problem load_unet_config check_text_parts"
+    names = "checkpoint_name load_index no_checkpoint load_part variants part_problem load_unet_config check_parts"
     for name in [*names.split(), "first_line"]:
         assert inspect.getsource(getattr(trainer, name)) == inspect.getsource(getattr(text2images, name)), name
     for name in ("PIPELINES", "VAES", "TEST_WORDS"):
@@ -150,6 +150,8 @@ def test_parts_that_do_not_fit_each_other_are_refused(script: ModuleType, tmp_pa
     assert "BertModel, makes [1, 24, 64] of a caption, its UNet reads [1, 24, 32]" in refusal(script, wide)
     whole = tiny_pipeline()
     projecting = CLIPTextModelWithProjection(whole.text_encoder.config)
+    inpainting = UNet2DConditionModel(**(dict(whole.unet.config) | {"in_channels": 9}))
+    assert "its UNet takes 9 channels" in refusal(script, save(tmp_path / "d", unet=inpainting))
     assert "CLIPTextModelWithProjection, makes [1, " in refusal(script, save(tmp_path / "c", text_encoder=projecting))
 
 
