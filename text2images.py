@@ -14,7 +14,6 @@ Next: leave out -qm, paint the same captions in fp32, and look at both.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import hashlib
 import inspect
 import json
@@ -27,9 +26,9 @@ import reprlib
 import shutil
 import struct
 import sys
+import tempfile
 import time
 import warnings
-import weakref
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,14 +41,12 @@ for library in ("torchao", "torch.utils._pytree"):
     logging.getLogger(library).setLevel(logging.ERROR)
 
 import diffusers
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers import ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
@@ -92,8 +89,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "of all that is not int8; auto: float32 with the full-precision UNet, around int8 bfloat16 where the CPU has it"
     )
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help=text)
-    text = "compile the UNet first: minutes for each new size or batch, seconds once that is cached, then faster steps"
-    add("--compile", action="store_true", help=text)
+    text = "what runs the int8 UNet; torch: in float, at float speed; auto: OpenVINO, but torch where CUDA is there"
+    add("--engine", choices=["auto", "openvino", "torch"], default="auto", help=text)
+    add("--device", default="CPU", help="OpenVINO's name of the device that runs the int8 UNet: CPU, GPU, GPU.1, ...")
     add("--disable_safety_checker", action="store_true", help="paint even what the checkpoint's own checker flags")
     add = parser.add_argument_group("pictures").add_argument
     add("-c", "--captions", nargs="+", default=[], help="what to paint")
@@ -101,8 +99,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-n", "--images_num", type=int, default=1, help="pictures of each caption; picture k has seed + k")
     add("-s", "--seed", type=int, default=42, help="of the first picture of each caption")
     add("--num_inference_steps", type=int, default=50, help="denoising steps")
-    text = "the first and last so many steps compute in float, with the int8 weights: slower, and closer to fp32"
-    add("--high_precision_steps", type=int, default=0, metavar="K", help=text)
     text = "quantize inputs with captions by themselves, not what captions change: a little faster, farther from fp32"
     add("--no_paired_guidance", action="store_true", help=text)
     add(
@@ -132,11 +128,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         edge = getattr(args, name)
         if edge is not None and (edge < 8 or edge % 8):
             parser.error(f"--{name} {edge} must be a multiple of 8: {max(8, edge // 8 * 8)} would do")
-    if args.high_precision_steps < 0:
-        parser.error("--high_precision_steps must not be negative")
-    for name in ("high_precision_steps", "no_paired_guidance"):
-        if getattr(args, name) and args.quantized_model_name_or_path is None:
+    for name in ("engine", "device", "no_paired_guidance"):
+        if getattr(args, name) != parser.get_default(name) and args.quantized_model_name_or_path is None:
             parser.error(f"--{name} is for int8: give -qm too, or leave it out")
+    if args.engine == "torch" and args.device != "CPU":
+        parser.error(f"--device {args.device} is for --engine openvino")
     if not 0 <= args.seed < 2**63 - args.images_num:
         parser.error("--seed must be a non-negative 64-bit number")
     return args
@@ -150,264 +146,54 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # Of an input with a caption, only what differs from the one without is quantized, in steps of its own: pair_guidance.
 
 
-class InputQuantizer:
-    """Turns a layer's input into uint8; layers that read the same tensor share one, and it works once for all."""
-
-    def __init__(self, scale: float, zero_point: int, factor: torch.Tensor) -> None:
-        self.scale, self.zero_point, self.factor = scale, zero_point, factor
-        self.steps = scale * factor  # of each channel; [C] or [C, 1, 1], to broadcast over the input
-        self.seen: Any = lambda: None  # weak reference to the latest input
-        self.latest: tuple[torch.Tensor, ...] = ()
-        self.paired = False  # the batch's second half is the first with captions: quantize what they change
-
-    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(levels,), or where `paired` (levels of the first half, levels of the changes, scales of the changes)."""
-        if torch.compiler.is_compiling():  # the compiler sees for itself what is computed twice
-            return self.quantize_anew(x)
-        if self.seen() is not x:
-            self.latest, self.seen = self.quantize_anew(x), weakref.ref(x)
-        return self.latest
-
-    def quantize_anew(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if not self.paired:
-            return (self.to_levels(x),)
-        first, second = x.chunk(2)
-        changes, scales = self.changes(first, second)
-        return self.to_levels(first), to_uint8(changes, scales * self.factor, 128, out=changes), scales
-
-    def to_levels(self, x: torch.Tensor) -> torch.Tensor:
-        values = x.float()
-        return to_uint8(values, self.steps, self.zero_point, out=None if values is x else values)
-
-    def changes(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the captions change, and the size of the steps in which to quantize it: one per sample, [B, 1, ...].
-
-        The change's range is not known before, as the input's is: it depends on the caption and falls with the noise.
-        """
-        changes = (second - first).float()
-        rows = changes if self.factor.dim() == 1 else changes.movedim(1, -1)  # channels last
-        rows = rows.reshape(len(rows), -1, rows.shape[-1])
-        largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)) / self.factor.flatten()  # [B, C]
-        scales = largest.amax(dim=1).div_(127).clamp_(min=1e-30)  # 0: nothing changes
-        return changes, scales.to(first.dtype).view(-1, *[1] * (changes.dim() - 1))
-
-    def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
-        """What the levels of `x` are worth, divided by the factors."""
-        first, second = x.chunk(2) if self.paired else (x, None)
-        values = (quantized(first.float(), self.steps, self.zero_point) - self.zero_point) * self.scale
-        if second is not None:
-            changes, scales = self.changes(first, second)
-            values = torch.cat([values, values + (quantized(changes, scales * self.factor, 128) - 128) * scales])
-        return values.to(x.dtype)
-
-
-def quantized(values: torch.Tensor, steps: torch.Tensor, zero_point: int) -> torch.Tensor:
-    """Levels 0..255 of fp32 values, in fp32."""
-    return torch.clamp(torch.round(values / steps) + zero_point, 0, 255)
-
-
-ROUNDING = torch.tensor(1.5 * 2**23)  # added to an fp32 number, it leaves no bits for a fraction
-
-
-def to_uint8(values: torch.Tensor, steps: torch.Tensor, zero_point: int, out: torch.Tensor | None) -> torch.Tensor:
-    """The same in uint8, in four passes over memory rather than seven; overwrites `out`, which may be `values`.
-
-    The sum with ROUNDING is rounded, half to even as by torch.round, and its lowest bits are the integer, of which the
-    conversion keeps eight.
-    """
-    if torch.compiler.is_compiling():  # which makes one pass of them all
-        return quantized(values, steps, zero_point).to(torch.uint8)
-    lowest = ROUNDING.item() - zero_point
-    sums = torch.addcdiv(ROUNDING, values, steps, out=out).clamp_(lowest, lowest + 255)
-    return sums.view(torch.int32).to(torch.uint8).add_(zero_point)
-
-
-def dequantize(weight: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
-    """int8 weight [out, in, ...] and its scales [out] -> fp32, freed of the input factors [in] where they are given."""
-    weight = weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))
-    return weight if factor is None else weight / factor.view(1, -1, *[1] * (weight.dim() - 2))
-
-
 class Int8Layer(nn.Module):
-    """What Int8Linear and Int8Conv2d have in common: the tensors of the file, and how they are made ready to run."""
+    """A Linear or Conv2d of quant_model.pt in plain PyTorch: in float, the numbers that int8 kernels compute.
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, groups: int = 1) -> None:
+    OpenVINO's converter knows these very expressions, and makes int8 kernels of them.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, quantize_input: bool) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.empty(weight.shape, dtype=torch.int8, device="meta"))
-        self.register_buffer("weight_scale", torch.empty(weight.shape[0], device="meta"))
-        self.register_buffer("input_scale", torch.empty((), device="meta"))
-        self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32, device="meta"))
-        self.register_buffer("input_factor", torch.empty(weight.shape[1] * groups, device="meta"))
-        self.register_buffer("bias", None if bias is None else torch.empty(bias.shape, device="meta"))
-        self.input_quantizer: InputQuantizer | None = None
-        self.high_precision = False  # compute in float, with the int8 weights
+        is_conv = isinstance(layer, nn.Conv2d)
+        out_channels, in_channels = layer.weight.shape[0], layer.weight.shape[1] * (layer.groups if is_conv else 1)
+        self.register_buffer("weight", torch.empty(layer.weight.shape, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.empty(out_channels))
+        self.register_buffer("input_factor", torch.empty(in_channels))
+        self.register_buffer("bias", None if layer.bias is None else torch.empty(out_channels))
+        if quantize_input:
+            self.register_buffer("input_scale", torch.empty(()))
+            self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32))
+        self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups) if is_conv else None
+        self.quantize_input, self.paired = quantize_input, False
 
-    def make_ready(self, use_kernels: bool, dtype: torch.dtype, device: torch.device) -> None:
-        """Pack the weight for the int8 kernel, or dequantize it for the reference path."""
-        self.use_kernels, self.dtype = use_kernels, dtype
-        factor = self.input_factor.view(-1, *[1] * (self.weight.dim() - 2)).to(device)
-        self.input_quantizer = InputQuantizer(self.input_scale.item(), self.input_zero_point.item(), factor)
-        if use_kernels:
-            self.zero_points = torch.zeros(len(self.weight_scale), dtype=torch.int32)
-            self.weight = self.pack()
-        else:
-            self.weight = dequantize(self.weight, self.weight_scale).to(device, dtype)
-            self.bias = None if self.bias is None else self.bias.to(device, dtype)
+    def make_ready(self) -> None:
+        """Give the tensors of the file the shapes to broadcast, and have the quantizer's as plain numbers."""
+        ones = [1] * (self.weight.dim() - 2)
+        self.weight_scale = self.weight_scale.view(-1, 1, *ones)
+        self.input_factor = self.input_factor.view(-1, *ones)
+        if self.quantize_input:
+            self.scale, self.zero_point = self.input_scale.item(), self.input_zero_point.item()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        quantizer = self.input_quantizer
-        if self.high_precision:
-            return self.compute_float(*self.float_input_and_weights(x))
-        if not self.use_kernels:
-            return self.compute_float(quantizer.fake_quantize(x), self.weight, self.bias)
-        levels, *changes = quantizer.quantize(x)
-        output = self.compute_int8(levels, quantizer.scale, quantizer.zero_point, self.bias)
-        if changes:
-            levels, scales = changes
-            output = torch.cat([output, output])
-            # a kernel has one scale for all samples
-            output.chunk(2)[1].addcmul_(self.compute_int8(levels, 1.0, 128, None), scales)
-        return output
+        first, second = x.float().chunk(2) if self.paired else (x.float(), None)
+        values = first / self.input_factor
+        if self.quantize_input:
+            values = torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, 0, 255)
+        output = self.compute(values.to(x.dtype), self.bias)
+        if second is None:
+            return output
+        changes = (second - first) / self.input_factor
+        # The range is not known before, as the input's is: it depends on the caption and falls with the noise. So each
+        # sample has its own, [B, 1, ...]; changes too small for a thousandth of the input's steps do not count.
+        scales = changes.abs().amax(dim=tuple(range(1, changes.dim())), keepdim=True) / 127
+        scales = scales.clamp(min=self.scale / 1000)
+        changes = torch.fake_quantize_per_tensor_affine(changes / scales, 1.0, 0, -128, 127)
+        return torch.cat([output, output + self.compute(changes.to(x.dtype), None) * scales.to(x.dtype)])
 
-    def float_input_and_weights(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What a float layer of the same weights takes: dequantized here, as a float copy of all would fill memory."""
-        weight = dequantize(self.unpack(), self.weight_scale).to(self.dtype) if self.use_kernels else self.weight
-        bias = None if self.bias is None else self.bias.to(self.dtype)
-        return (x.float() / self.input_quantizer.factor).to(self.dtype), weight, bias
-
-
-# The kernels, and the same as operators of their own, which torch.compile calls and leaves alone: its own int8
-# patterns want constant weights, and then compile anew in every process. Such an operator costs 0.1 ms a call more.
-
-
-def qlinear(
-    levels: torch.Tensor,
-    scale: float,
-    zero_point: int,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    zero_points: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """uint8 levels [..., in], packed weight [out, in] -> `dtype` [..., out]."""
-    return torch.ops.onednn.qlinear_pointwise(
-        levels, scale, zero_point, weight, weight_scale, zero_points, bias, 1.0, 0, dtype, "none", [], ""
-    )
-
-
-int8_linear = torch.library.custom_op("sd_unet_int8::linear", qlinear, mutates_args=())
-
-
-@int8_linear.register_fake
-def int8_linear_shape(levels, scale, zero_point, weight, weight_scale, zero_points, bias, dtype):
-    return levels.new_empty((*levels.shape[:-1], len(weight_scale)), dtype=dtype)
-
-
-def qconv2d(
-    levels: torch.Tensor,
-    scale: float,
-    zero_point: int,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    zero_points: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """uint8 levels [B, in, H, W] in channels_last, packed weight [out, in / groups, h, w] -> `dtype` [B, out, ...]."""
-    return torch.ops.onednn.qconv_pointwise(
-        levels, scale, zero_point, weight, weight_scale, zero_points, bias, stride, padding, dilation, groups,
-        1.0, 0, dtype, "none", [], "",
-    )  # fmt: skip
-
-
-int8_conv2d = torch.library.custom_op("sd_unet_int8::conv2d", qconv2d, mutates_args=())
-
-
-@int8_conv2d.register_fake
-def int8_conv2d_shape(
-    levels, scale, zero_point, weight, weight_scale, zero_points, bias, stride, padding, dilation, groups, dtype
-):
-    sizes = zip(levels.shape[2:], weight.shape[2:], stride, padding, dilation)
-    edges = [(edge + 2 * pad - step * (kernel - 1) - 1) // by + 1 for edge, kernel, by, pad, step in sizes]
-    shape = (levels.shape[0], len(weight_scale), *edges)
-    return torch.empty(shape, dtype=dtype, device=levels.device, memory_format=torch.channels_last)
-
-
-class Int8Linear(Int8Layer):
-    def pack(self) -> torch.Tensor:
-        return torch.ops.onednn.qlinear_prepack(self.weight, None)
-
-    def unpack(self) -> torch.Tensor:
-        return self.weight.to_dense().T
-
-    def compute_float(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(x, weight, bias)
-
-    def compute_int8(
-        self, levels: torch.Tensor, scale: float, zero_point: int, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        kernel = int8_linear if torch.compiler.is_compiling() else qlinear
-        return kernel(levels, scale, zero_point, self.weight, self.weight_scale, self.zero_points, bias, self.dtype)
-
-
-class Int8Conv2d(Int8Layer):
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__(conv.weight, conv.bias, conv.groups)
-        self.geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
-
-    def pack(self) -> torch.Tensor:
-        quantizer = self.input_quantizer
-        shape = [1, self.weight.shape[1] * self.geometry[3], 64, 64]  # a hint: other sizes run as well
-        return torch.ops.onednn.qconv_prepack(
-            self.weight, self.weight_scale, quantizer.scale, quantizer.zero_point, *self.geometry, shape
-        )
-
-    def unpack(self) -> torch.Tensor:
-        return self.weight.to_dense()
-
-    def compute_float(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.conv2d(x, weight, bias, *self.geometry)
-
-    def compute_int8(
-        self, levels: torch.Tensor, scale: float, zero_point: int, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        kernel = int8_conv2d if torch.compiler.is_compiling() else qconv2d
-        levels = levels.contiguous(memory_format=torch.channels_last)
-        return kernel(
-            levels, scale, zero_point, self.weight, self.weight_scale, self.zero_points, bias,
-            *self.geometry, self.dtype,
-        )  # fmt: skip
-
-
-def kernels_are_exact() -> bool:
-    """Whether this CPU's int8 kernels compute what integers would.
-
-    Without VNNI they add pairs of products in 16 bits, which saturates without a word
-    (pytorch/pytorch#103646); the largest values show it.
-    """
-    generator = torch.Generator().manual_seed(0)
-    levels = torch.randint(192, 256, (2, 64, 8, 8), generator=generator)
-    weight = torch.randint(96, 128, (32, 64, 3, 3), generator=generator)
-    scales, zeros = torch.ones(32), torch.zeros(32, dtype=torch.int32)
-    rows, matrix = levels[:, :, 0, 0], weight[:, :, 1, 1]
-    linear_reference = F.linear((rows - 7).double(), matrix.double())
-    conv_reference = F.conv2d((levels - 7).double(), weight.double(), padding=1)
-    geometry = ([1, 1], [1, 1], [1, 1], 1)
-    rest = (1.0, 0, torch.float32, "none", [], "")
-    try:
-        packed = torch.ops.onednn.qlinear_prepack(matrix.to(torch.int8), None)
-        linear = torch.ops.onednn.qlinear_pointwise(rows.byte(), 1.0, 7, packed, scales, zeros, None, *rest)
-        packed = torch.ops.onednn.qconv_prepack(weight.to(torch.int8), scales, 1.0, 7, *geometry, [2, 64, 8, 8])
-        nhwc = levels.byte().contiguous(memory_format=torch.channels_last)
-        conv = torch.ops.onednn.qconv_pointwise(nhwc, 1.0, 7, packed, scales, zeros, None, *geometry, *rest)
-    except (AttributeError, RuntimeError, NotImplementedError):  # a build or a machine without these kernels
-        return False
-    return torch.allclose(linear.double(), linear_reference) and torch.allclose(conv.double(), conv_reference)
+    def compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight = (self.weight.float() * self.weight_scale).to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, weight, bias) if self.geometry is None else F.conv2d(x, weight, bias, *self.geometry)
 
 
 # ---------------------------------------------------------------- reading quant_model.pt
@@ -547,51 +333,28 @@ def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.d
     Raises:
         UsageError: the tensors do not fit the architecture that the file names.
     """
-    # int8 weights will be packed; with all else copied, nothing holds the file in memory once the payload is gone
-    state_dict = {
-        name: part if part.dtype == torch.int8 else part.clone() for name, part in payload["state_dict"].items()
-    }
-    config = payload["unet_config"]
-    int8_names = [name.removesuffix(".input_scale") for name in state_dict if name.endswith(".input_scale")]
-    weight_only = [name.removesuffix(".weight_scale") for name in state_dict if name.endswith(".weight_scale")]
-    weight_only = [name for name in weight_only if name not in set(int8_names)]
+    state_dict, config = payload["state_dict"], payload["unet_config"]
+    int8_names = [name.removesuffix(".weight_scale") for name in state_dict if name.endswith(".weight_scale")]
     try:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config({key: config[key] for key in unet_defaults() if key in config})
-        for name in int8_names:
-            parent, _, child = name.rpartition(".")
-            layer = unet.get_submodule(name)
-            if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-                raise ValueError(f"{name} is neither Linear nor Conv2d")
-            int8 = Int8Conv2d(layer) if isinstance(layer, nn.Conv2d) else Int8Linear(layer.weight, layer.bias)
-            setattr(unet.get_submodule(parent), child, int8)
-        for name in weight_only:
-            weight, scale = state_dict[f"{name}.weight"], state_dict.pop(f"{name}.weight_scale")
-            factor = state_dict.pop(f"{name}.input_factor")
-            if weight.dtype != torch.int8 or scale.shape != weight.shape[:1] or factor.shape != weight.shape[1:2]:
-                raise ValueError(f"{name}.weight_scale or input_factor does not fit its weight")
-            state_dict[f"{name}.weight"] = dequantize(weight, scale, factor).to(dtype)
+            for name in int8_names:
+                parent, _, child = name.rpartition(".")
+                layer = unet.get_submodule(name)
+                if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+                    raise ValueError(f"{name} is neither Linear nor Conv2d")
+                int8 = Int8Layer(layer, quantize_input=f"{name}.input_scale" in state_dict)
+                setattr(unet.get_submodule(parent), child, int8)
         check_fit(state_dict, unet.state_dict(), set(int8_names))
         unet.load_state_dict(state_dict, assign=True)
     except Exception as error:  # a wrong config fails inside diffusers in its own ways
         raise UsageError(f"quant_model.pt does not fit its own architecture: {str(error).splitlines()[0]}") from error
-    use_kernels = device.type == "cpu" and kernels_are_exact()
-    for module in unet.modules():
+    for module in unet.to(device).modules():
         if isinstance(module, Int8Layer):
-            module.make_ready(use_kernels, dtype, device)
+            module.make_ready()
         else:
             for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.to(device, dtype), requires_grad=False))
-    share_input_quantizers(unet)
-    keep_channels_last(unet)
-    if use_kernels:
-        speed_up_attention(unet)
-    else:
-        unet = unet.to(memory_format=torch.channels_last)
-    path = "oneDNN int8 kernels" if use_kernels else "the reference path at float speed (no exact int8 kernels here)"
-    layers = sum(isinstance(module, (nn.Linear, nn.Conv2d, Int8Layer)) for module in unet.modules())
-    rest = f"{len(weight_only)} more with int8 weights and float arithmetic"
-    logger.info(f"{len(int8_names)} of {layers} Linear and Conv2d layers in int8 ({rest}), by {path}")
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
     return unet.eval()
 
 
@@ -617,95 +380,6 @@ def unet_defaults() -> dict[str, Any]:
     return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
 
 
-# PyTorch's attention multiplies bf16 matrices at fp32 speed on CPUs that have AVX512-BF16 but no AMX; oneDNN does not.
-
-QUERIES, KEYS = 4096, 512  # of the blocks that attention works in: oneDNN reorders each block of keys once, not often
-
-
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """softmax(query key^T / sqrt(D)) value, bf16 [B, heads, L, D], in blocks whose scores stay in the cache.
-
-    Softmax does not mind a constant, so the greatest score of a row, as far as every 16th key tells, goes off inside
-    the product, which adds in fp32: the scores that count are small then, and bf16 fine enough for them. So no pass
-    over the scores has to look for the greatest, and a column of ones among the values adds them up. Measured errors
-    are 1.1 to 1.4 times those of PyTorch's attention, 2 to 2.5 without the constant.
-    """
-    scale = query.shape[-1] ** -0.5
-    top = torch.matmul(query, key[:, :, ::16].transpose(2, 3)).amax(dim=-1, keepdim=True)
-    ones = torch.ones_like(key[..., :1])
-    heads = (torch.cat(pair, dim=-1).flatten(0, 1) for pair in ((query, -top), (key, ones), (value, ones)))
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    memory = query.new_empty(min(QUERIES, query.shape[2]) * min(KEYS, key.shape[2]))
-    for q, k, v, out in zip(*heads, output.flatten(0, 1)):
-        for q_rows, out_rows in zip(q.split(QUERIES), out.split(QUERIES)):
-            sums = torch.zeros(len(q_rows), v.shape[1])
-            for k_rows, v_rows in zip(k.split(KEYS), v.split(KEYS)):
-                scores = memory[: len(q_rows) * len(k_rows)].view(len(q_rows), len(k_rows))
-                torch.addmm(scores, q_rows, k_rows.T, beta=0, alpha=scale, out=scores)
-                sums += torch.mm(scores.exp_(), v_rows)
-            if not torch.isfinite(sums).all():  # a score far above what every 16th key told
-                return F.scaled_dot_product_attention(query, key, value).contiguous()
-            torch.div(sums[:, :-1], sums[:, -1:], out=out_rows)
-    return output
-
-
-fast_attend = torch.library.custom_op("sd_unet_int8::attend", attend, mutates_args=())
-fast_attend.register_fake(lambda query, key, value: torch.empty_like(query, memory_format=torch.contiguous_format))
-
-
-class LongSelfAttention(AttnProcessor2_0):
-    """diffusers' attention processor, with `attend` where the sequence is long."""
-
-    def __call__(self, attention: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        masked = kwargs.get("attention_mask") is not None
-        if x.dim() != 3 or x.shape[1] < 1024 or x.dtype != torch.bfloat16 or masked:
-            return super().__call__(attention, x, *args, **kwargs)
-        projections = (attention.to_q, attention.to_k, attention.to_v)
-        query, key, value = (layer(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for layer in projections)
-        kernel = fast_attend if torch.compiler.is_compiling() else attend
-        return attention.to_out[0](kernel(query, key, value).transpose(1, 2).flatten(2))
-
-
-def speed_up_attention(unet: UNet2DConditionModel) -> None:
-    capabilities = torch.cpu.get_capabilities()
-    if not capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
-        return
-    for block in unet.modules():
-        if isinstance(block, BasicTransformerBlock) and not block.attn1.is_cross_attention:
-            block.attn1.set_processor(LongSelfAttention())
-
-
-def keep_channels_last(unet: UNet2DConditionModel) -> None:
-    """Have float convolutions give it, and undo that diffusers makes the outputs of its transformers contiguous.
-
-    All that follows would be, too, and each int8 convolution that reads it would have to turn it round: a quarter of a
-    step's time on a CPU with AMX.
-    """
-
-    def turn(block: nn.Module, args: tuple, output: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (output[0].contiguous(memory_format=torch.channels_last),)
-
-    for block in unet.modules():
-        if isinstance(block, nn.Conv2d):
-            block.to(memory_format=torch.channels_last)
-        elif isinstance(block, Transformer2DModel):
-            block.register_forward_hook(turn)
-
-
-def share_input_quantizers(unet: UNet2DConditionModel) -> None:
-    """Self-attention's q, k and v read one tensor, cross-attention's k and v another: quantize it once."""
-    for attention in unet.modules():
-        if not hasattr(attention, "to_q"):
-            continue
-        readers = [attention.to_k, attention.to_v] + ([] if attention.is_cross_attention else [attention.to_q])
-        int8 = [layer for layer in readers if isinstance(layer, Int8Layer)]
-        for layer in int8[1:]:
-            first, other = int8[0].input_quantizer, layer.input_quantizer
-            same_grid = (first.scale, first.zero_point) == (other.scale, other.zero_point)
-            if same_grid and torch.equal(first.factor, other.factor):
-                layer.input_quantizer = first
-
-
 def pairs_guidance(args: argparse.Namespace) -> bool:
     return bool(args.quantized_model_name_or_path) and args.guidance_scale > 1 and not args.no_paired_guidance
 
@@ -719,11 +393,245 @@ def pair_guidance(unet: UNet2DConditionModel) -> None:
     layers that make attention's queries, keys and values: paired as well, they are worth 0.1 dB in latents.
     """
     for name, layer in unet.named_modules():
-        if isinstance(layer, Int8Layer) and not name.endswith(("to_q", "to_k", "to_v")):
-            layer.input_quantizer.paired = True
+        if isinstance(layer, Int8Layer) and layer.quantize_input:
+            layer.paired = not name.endswith(("to_q", "to_k", "to_v"))
+
+
+# ---------------------------------------------------------------- the int8 UNet in OpenVINO
+
+GRAPH_VERSION = 1  # to be raised with every change of what to_openvino makes: older files are then made anew
+
+
+def import_openvino() -> Any:
+    """OpenVINO, which runs int8 on Intel CPUs; nothing is sent anywhere.
+
+    Importing its converter would report that over the network; without this package, a stub takes its place.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def trace(module: nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[str, list[int]]) -> Any:
+    """An OpenVINO model of what `module` computes; -1 in `shapes` is a size that may be chosen later."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes that are asserted, or the same for all
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # OpenVINO would trace by itself, and then once more to compare: minutes for SD v1.5
+        traced = torch.jit.trace(module.eval(), example_kwarg_inputs=inputs, check_trace=False, strict=False)
+        model = import_openvino().convert_model(traced, input=list(shapes.values()))
+    for port, name in zip(model.inputs, shapes):
+        port.set_names({name})
+    return model
+
+
+def unet_to_openvino(unet: UNet2DConditionModel) -> Any:
+    """sample [B, 4, H/8, W/8], timestep [1], encoder_hidden_states [B, L, D] -> out_sample, as OpenVINO's model."""
+
+    class Unet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = unet
+
+        def forward(
+            self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        ) -> torch.Tensor:
+            return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+    channels, width = unet.config.in_channels, unet.config.cross_attention_dim
+    edges = 17, 19  # odd, as only then diffusers upsamples to the sizes it finds: so the model fits all
+    inputs = {"sample": torch.randn(2, channels, *edges), "timestep": torch.tensor([500.0])}
+    inputs["encoder_hidden_states"] = torch.randn(2, 77, width)
+    shapes = {"sample": [-1, channels, -1, -1], "timestep": [1], "encoder_hidden_states": [-1, -1, width]}
+    model = trace(Unet(), inputs, shapes)
+    model.outputs[0].set_names({"out_sample"})
+    store_as_fp16(model)
+    return model
+
+
+def store_as_fp16(model: Any) -> None:
+    """Keep in fp16 what quant_model.pt has in fp16: OpenVINO compresses no quantized model by itself."""
+    ov = import_openvino()
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.f32 and node.data.size > 1000:
+            with np.errstate(over="ignore"):
+                half = node.data.astype(np.float16)
+            if np.array_equal(half, node.data):
+                single = ov.opset13.convert(ov.opset13.constant(half), "f32").output(0)
+                for reader in node.output(0).get_target_inputs():
+                    reader.replace_source_output(single)
+
+
+def openvino_unet_file(payload: dict[str, Any], args: argparse.Namespace) -> Path:
+    """unet.xml, with unet.bin beside it: OpenVINO's form of the file, made at its first use.
+
+    It is kept beside quant_model.pt, or in the user's cache folder where that cannot be written, under a name that
+    another file, another kind of graph and other versions do not have.
+
+    Raises:
+        UsageError: the tensors do not fit the architecture that the file names, or there is no room.
+    """
+    file = quant_model_file(args.quantized_model_name_or_path)
+    config = {key: payload["unet_config"].get(key, default) for key, default in unet_defaults().items()}
+    versions = [GRAPH_VERSION, *(library.__version__ for library in (import_openvino(), torch, diffusers))]
+    identity = json.dumps([payload["checksum"], config, versions, pairs_guidance(args)])
+    name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd-unet-int8"
+    folders = [file.with_suffix(".openvino") / name, user_cache / name]
+    for folder in folders:
+        if is_whole(folder):
+            return folder / "unet.xml"
+    logger.info("making OpenVINO's form of quant_model.pt: this is done once")
+    unet = build_int8_unet(payload, torch.float32, torch.device("cpu"))
+    if pairs_guidance(args):
+        pair_guidance(unet)
+    model, problems = unet_to_openvino(unet), []
+    for folder in folders:
+        try:
+            keep_openvino_unet(model, folder)
+            logger.info(f"kept in {folder} ({sum(part.stat().st_size for part in folder.iterdir()) / 1e6:.1f} MB)")
+            return folder / "unet.xml"
+        except (OSError, RuntimeError) as error:
+            problems.append(f"{folder.parent} ({str(error).splitlines()[-1]})")
+    raise UsageError(f"-qm {file}: no room for OpenVINO's form of it in {' or '.join(problems)}; set XDG_CACHE_HOME")
+
+
+def keep_openvino_unet(model: Any, folder: Path) -> None:
+    """Write the model, and last its checksums, to a folder that gets its name when it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(suffix=".partial", dir=folder.parent) as partial:
+        import_openvino().save_model(model, Path(partial) / "unet.xml", compress_to_fp16=False)
+        (Path(partial) / "SHA256SUMS").write_text(json.dumps(checksums(Path(partial))))
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been used
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not is_whole(folder):  # another process was faster
+                raise
+        os.makedirs(partial, exist_ok=True)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    def sha256(path: Path) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return {name: sha256(folder / name) for name in ("unet.xml", "unet.bin")}
+
+
+def is_whole(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "SHA256SUMS").read_text()) == checksums(folder)
+    except (OSError, ValueError):  # not there, or cut short
+        return False
+
+
+class OpenVINOUNet(UNet2DConditionModel):
+    """The pipeline's UNet, run by OpenVINO. It compiles for fixed sizes, as int8 is 1.3 times faster so, and keeps one
+    compiled model, as each holds its own copy of the weights."""
+
+    def __init__(self, config: dict[str, Any], file: Path, quantize_inputs: bool, args: argparse.Namespace) -> None:
+        ModelMixin.__init__(self)  # without the layers
+        self.register_to_config(**config)
+        self.register_buffer("none", torch.empty(0))  # the pipeline asks for a device and a dtype
+        self.file, self.quantize_inputs, self.args = file, quantize_inputs, args
+        self.shapes, self.request = None, None
+
+    def forward(
+        self, sample: torch.Tensor, timestep: Any, encoder_hidden_states: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor]:
+        inputs = [sample, torch.as_tensor(timestep).reshape(1), encoder_hidden_states]
+        shapes = [list(tensor.shape) for tensor in inputs]
+        if shapes != self.shapes:
+            self.request = None  # frees the memory of the one before
+            self.request, self.shapes = self.compile_for(shapes), shapes
+        return (torch.from_numpy(self.request.infer([tensor.float().numpy() for tensor in inputs])[0]),)
+
+    def compile_for(self, shapes: list[list[int]]) -> Any:
+        core = import_openvino().Core()
+        model = core.read_model(self.file)
+        model.reshape(dict(enumerate(shapes)))
+        if not self.quantize_inputs:
+            leave_inputs_in_float(model)
+        settings = openvino_settings(self.args) | {"CACHE_DIR": str(self.file.parent / "compiled")}
+        return core.compile_model(model, self.args.device, settings).create_infer_request()
+
+
+def leave_inputs_in_float(model: Any) -> None:
+    for node in model.get_ops():
+        if node.get_type_name() == "FakeQuantize":
+            node.output(0).replace(node.input_value(0))
+
+
+def openvino_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """How compile_model is to compile for --device."""
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if args.device == "CPU":  # unpinned, as what PyTorch does afterwards would inherit the cores
+        precision = "bf16" if choose_dtype(args) == torch.bfloat16 else "f32"
+        settings |= {"INFERENCE_PRECISION_HINT": precision, "ENABLE_CPU_PINNING": False}
+        settings |= {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    elif args.dtype == "float32":
+        settings |= {"INFERENCE_PRECISION_HINT": "f32"}
+    return settings
+
+
+def kernels_are_exact(device: str) -> bool:
+    """Whether the device's int8 kernels compute what integers would.
+
+    CPUs without VNNI add pairs of products in 16 bits, which saturates without a word; the largest values show it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(192, 256, (2, 64, 8, 8), generator=generator).float() - 7
+    for layer, x in ((nn.Linear(64, 32, bias=False), levels[:, :, 0, 0]), (nn.Conv2d(64, 32, 3, bias=False), levels)):
+        int8 = Int8Layer(layer, quantize_input=True)
+        int8.weight = torch.randint(96, 128, layer.weight.shape, dtype=torch.int8, generator=generator)
+        int8.weight_scale, int8.input_factor = torch.full((32,), 0.5), torch.ones(64)
+        int8.input_scale, int8.input_zero_point = torch.tensor(1.0), torch.tensor(7)
+        int8.make_ready()
+        model = trace(int8, {"x": x}, {"x": list(x.shape)})
+        compiled = import_openvino().compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32"})
+        if not np.allclose(compiled([x.numpy()])[0], int8(x)):
+            return False
+    return True
 
 
 # ---------------------------------------------------------------- the pipeline
+
+
+def choose_engine(args: argparse.Namespace) -> str:
+    """What runs the UNet: openvino or torch."""
+    if args.quantized_model_name_or_path is None:
+        return "torch"
+    if args.engine != "auto" or torch.cuda.is_available() and args.device == "CPU":
+        return "torch" if args.engine == "auto" else args.engine
+    try:
+        import_openvino()
+    except ImportError as error:
+        logger.warning(f"--engine torch, at float speed, as OpenVINO does not import ({error}): pip install openvino")
+        return "torch"
+    return "openvino"
+
+
+def load_int8_unet(
+    payload: dict[str, Any], dtype: torch.dtype, device: torch.device, args: argparse.Namespace
+) -> UNet2DConditionModel:
+    """The file's UNet as --engine says."""
+    state_dict, engine = payload["state_dict"], choose_engine(args)
+    if engine == "torch":
+        unet = build_int8_unet(payload, dtype, device)
+        if pairs_guidance(args):
+            pair_guidance(unet)
+        how = f"PyTorch, at float speed, on {device.type}"
+    else:
+        exact = kernels_are_exact(args.device)
+        unet = OpenVINOUNet(payload["unet_config"], openvino_unet_file(payload, args), exact, args)
+        how = f"OpenVINO on {args.device}" + ("" if exact else " in float, as its int8 kernels saturate here (no VNNI)")
+    weights = [name for name, tensor in state_dict.items() if name.endswith(".weight") and tensor.dim() > 1]
+    int8, scaled = (sum(name.endswith(part) for name in state_dict) for part in (".input_scale", ".weight_scale"))
+    rest = f"{scaled - int8} more with int8 weights and float arithmetic"
+    logger.info(f"{int8} of {len(weights)} Linear and Conv2d layers in int8 ({rest}), by {how}")
+    return unet
 
 
 def choose_dtype(args: argparse.Namespace) -> torch.dtype:
@@ -741,7 +649,7 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
         UsageError: no Stable Diffusion 1.x/2.x there, or the file is for another architecture.
     """
     name, dtype = args.pretrained_model_name_or_path, choose_dtype(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and choose_engine(args) == "torch" else "cpu")
     if name == "runwayml/stable-diffusion-v1-5" and not Path(name).is_dir():
         name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
         logger.info(f"runwayml/stable-diffusion-v1-5 has left the hub; using its copy {name}")
@@ -755,7 +663,7 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
         if args.quantized_model_name_or_path is not None:
             payload = read_quant_model(args.quantized_model_name_or_path)
             check_architecture(payload, UNet2DConditionModel.load_config(name, subfolder="unet"), name)
-            parts["unet"] = build_int8_unet(payload, dtype, device)
+            parts["unet"] = load_int8_unet(payload, dtype, device, args)
             del payload
         pipeline = StableDiffusionPipeline.from_pretrained(name, dtype=dtype, **parts)
     except (OSError, ValueError) as error:
@@ -765,24 +673,10 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     if args.quantized_model_name_or_path is None:
         pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
-    if pairs_guidance(args):
-        pair_guidance(pipeline.unet)
-    if args.compile:
-        compile_unet(pipeline.unet)
-    pipeline.unet.register_forward_pre_hook(to_unet_dtype, with_kwargs=True)
-    pipeline.unet.register_forward_hook(to_fp32)
+    if not isinstance(pipeline.unet, OpenVINOUNet):
+        pipeline.unet.register_forward_pre_hook(to_unet_dtype, with_kwargs=True)
+        pipeline.unet.register_forward_hook(to_fp32)
     return pipeline.to(device)
-
-
-def compile_unet(unet: UNet2DConditionModel) -> None:
-    """Have torch.compile make one program of it, where there is a C++ compiler; its cache outlives the process."""
-    compilers = [os.environ.get("CXX", "g++"), "clang++", "cl"]
-    if unet.device.type == "cpu" and not any(map(shutil.which, compilers)):
-        logger.warning("--compile: no C++ compiler (g++) here, so the UNet runs as it is")
-        return
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
-    unet.forward = torch.compile(unet.forward)
-    logger.info("compiling the UNet at the first step; this takes minutes unless it is cached")
 
 
 def check_architecture(payload: dict[str, Any], base_config: dict[str, Any], name: str) -> None:
@@ -846,27 +740,6 @@ def initial_latents(pipeline: StableDiffusionPipeline, jobs: list[Job], height: 
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs])
 
 
-class PrecisionSwitch:
-    """The pipeline's step callback: in the first and last K steps the int8 layers compute in float.
-
-    These few run uncompiled under --compile, too: they would need a program of their own, and packed weights fit none.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, steps: int) -> None:
-        self.layers, self.steps = [layer for layer in unet.modules() if isinstance(layer, Int8Layer)], steps
-        self.set(steps > 0)
-
-    def set(self, high_precision: bool) -> None:
-        for layer in self.layers:
-            layer.high_precision = high_precision
-        torch.compiler.set_stance("force_eager" if high_precision else "default")
-
-    def __call__(self, pipeline: StableDiffusionPipeline, step: int, timestep: Any, tensors: dict) -> dict:
-        coming = step + 1
-        self.set(coming < self.steps or pipeline.num_timesteps - self.steps <= coming < pipeline.num_timesteps)
-        return tensors
-
-
 @torch.no_grad()
 def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Namespace) -> list[Painting]:
     """Denoise, decode and check one batch of pictures."""
@@ -883,7 +756,6 @@ def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Nam
         generator=[torch.Generator().manual_seed(job.seed) for job in jobs],  # for samplers that add noise
         latents=initial_latents(pipeline, jobs, height, width).to(pipeline.device),
         output_type="latent",
-        callback_on_step_end=PrecisionSwitch(pipeline.unet, args.high_precision_steps),
     ).images
     vae = pipeline.vae
     decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
@@ -983,7 +855,6 @@ def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> di
         "guidance_scale": args.guidance_scale,
         "negative_prompt": args.negative_prompt,
         "scheduler": type(pipeline.scheduler).__name__,
-        "high_precision_steps": args.high_precision_steps,
         "paired_guidance": pairs_guidance(args),
         "model": args.pretrained_model_name_or_path,
         "quant_model": str(file) if file else None,
@@ -993,20 +864,8 @@ def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> di
     }
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep freed tensors for the next ones, whatever their size; other allocators have no such call.
-
-    It gives those above 32 MiB back to the system, and the next one's every page is then a page fault, and cleared: a
-    tenth of the time of a step at 512 pixels.
-    """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-            ctypes.CDLL(None).mallopt(parameter, value)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
