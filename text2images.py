@@ -19,17 +19,18 @@ import inspect
 import json
 import logging
 import math
+import mmap
 import os
 import pickletools
 import re
 import reprlib
-import shutil
 import struct
 import sys
 import tempfile
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "what runs the int8 UNet; torch: in float, at float speed; auto: OpenVINO, but torch where CUDA is there"
     add("--engine", choices=["auto", "openvino", "torch"], default="auto", help=text)
     add("--device", default="CPU", help="OpenVINO's name of the device that runs the int8 UNet: CPU, GPU, GPU.1, ...")
+    text = "also write all as OpenVINO models, for OpenVINO GenAI (Python, C++) and optimum-intel; no captions needed"
+    add("--save_openvino", type=Path, metavar="FOLDER", help=text)
     add("--disable_safety_checker", action="store_true", help="paint even what the checkpoint's own checker flags")
     add = parser.add_argument_group("pictures").add_argument
     add("-c", "--captions", nargs="+", default=[], help="what to paint")
@@ -119,7 +122,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.captions = [*args.captions, *(line.strip() for line in lines if line.strip())]
     if any("\ud800" <= letter <= "\udfff" for caption in args.captions for letter in caption):
         parser.error("--captions must be UTF-8")
-    if not args.captions:
+    if not args.captions and args.save_openvino is None:
         parser.error("nothing to paint: give -c CAPTION or --captions_file FILE")
     for name in ("images_num", "num_inference_steps", "batch_size"):
         if getattr(args, name) < 1:
@@ -128,11 +131,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         edge = getattr(args, name)
         if edge is not None and (edge < 8 or edge % 8):
             parser.error(f"--{name} {edge} must be a multiple of 8: {max(8, edge // 8 * 8)} would do")
-    for name in ("engine", "device", "no_paired_guidance"):
+    for name in ("engine", "device", "save_openvino", "no_paired_guidance"):
         if getattr(args, name) != parser.get_default(name) and args.quantized_model_name_or_path is None:
             parser.error(f"--{name} is for int8: give -qm too, or leave it out")
-    if args.engine == "torch" and args.device != "CPU":
-        parser.error(f"--device {args.device} is for --engine openvino")
+    if args.engine == "torch" and (args.device != "CPU" or args.save_openvino is not None):
+        parser.error("--device and --save_openvino are for --engine openvino")
+    if args.save_openvino is not None and args.save_openvino.exists():
+        parser.error(f"--save_openvino {args.save_openvino} exists: delete it, or name another folder")
     if not 0 <= args.seed < 2**63 - args.images_num:
         parser.error("--seed must be a non-negative 64-bit number")
     return args
@@ -185,8 +190,9 @@ class Int8Layer(nn.Module):
         changes = (second - first) / self.input_factor
         # The range is not known before, as the input's is: it depends on the caption and falls with the noise. So each
         # sample has its own, [B, 1, ...]; changes too small for a thousandth of the input's steps do not count.
-        scales = changes.abs().amax(dim=tuple(range(1, changes.dim())), keepdim=True) / 127
-        scales = scales.clamp(min=self.scale / 1000)
+        # (Four dimensions, as OpenVINO 2026.4 gives every sample the scale of the first where there are three.)
+        largest = changes.abs().reshape(-1, *[1] * (4 - x.dim()), *x.shape[1:]).amax(dim=(1, 2, 3), keepdim=True)
+        scales = (largest / 127).clamp(min=self.scale / 1000).view(-1, *[1] * (x.dim() - 1))
         changes = torch.fake_quantize_per_tensor_affine(changes / scales, 1.0, 0, -128, 127)
         return torch.cat([output, output + self.compute(changes.to(x.dtype), None) * scales.to(x.dtype)])
 
@@ -327,7 +333,9 @@ def checksum(state_dict: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
+def build_int8_unet(
+    payload: dict[str, Any], dtype: torch.dtype, device: torch.device, paired: bool = False
+) -> UNet2DConditionModel:
     """A diffusers UNet with int8 layers, filled from the file; the full-precision UNet is never made.
 
     Raises:
@@ -355,6 +363,8 @@ def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.d
         else:
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    if paired:
+        pair_guidance(unet)
     return unet.eval()
 
 
@@ -399,6 +409,7 @@ def pair_guidance(unet: UNet2DConditionModel) -> None:
 
 # ---------------------------------------------------------------- the int8 UNet in OpenVINO
 
+DEVICE_PROPERTIES = "FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"
 GRAPH_VERSION = 1  # to be raised with every change of what to_openvino makes: older files are then made anew
 
 
@@ -413,39 +424,30 @@ def import_openvino() -> Any:
     return openvino
 
 
-def trace(module: nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[str, list[int]]) -> Any:
-    """An OpenVINO model of what `module` computes; -1 in `shapes` is a size that may be chosen later."""
+def trace(
+    compute: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], sizes: dict[str, list[int]], output: str
+) -> Any:
+    """An OpenVINO model of what `compute` makes of its inputs; -1 is a size that may be chosen later."""
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes that are asserted, or the same for all
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # on sizes that diffusers asserts, and that are the same for all inputs
         # OpenVINO would trace by itself, and then once more to compare: minutes for SD v1.5
-        traced = torch.jit.trace(module.eval(), example_kwarg_inputs=inputs, check_trace=False, strict=False)
-        model = import_openvino().convert_model(traced, input=list(shapes.values()))
-    for port, name in zip(model.inputs, shapes):
+        traced = torch.jit.trace(compute, tuple(inputs.values()), check_trace=False, strict=False)
+        model = import_openvino().convert_model(traced, input=list(sizes.values()))
+    for port, name in zip([*model.inputs, *model.outputs], [*inputs, output]):
         port.set_names({name})
+    # By default OpenVINO quantizes the inputs of layers with int8 weights alone, too: 1 dB less.
+    model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     return model
 
 
 def unet_to_openvino(unet: UNet2DConditionModel) -> Any:
     """sample [B, 4, H/8, W/8], timestep [1], encoder_hidden_states [B, L, D] -> out_sample, as OpenVINO's model."""
-
-    class Unet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.unet = unet
-
-        def forward(
-            self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
-        ) -> torch.Tensor:
-            return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
-
     channels, width = unet.config.in_channels, unet.config.cross_attention_dim
     edges = 17, 19  # odd, as only then diffusers upsamples to the sizes it finds: so the model fits all
     inputs = {"sample": torch.randn(2, channels, *edges), "timestep": torch.tensor([500.0])}
     inputs["encoder_hidden_states"] = torch.randn(2, 77, width)
-    shapes = {"sample": [-1, channels, -1, -1], "timestep": [1], "encoder_hidden_states": [-1, -1, width]}
-    model = trace(Unet(), inputs, shapes)
-    model.outputs[0].set_names({"out_sample"})
+    sizes = {"sample": [-1, channels, -1, -1], "timestep": [1], "encoder_hidden_states": [-1, -1, width]}
+    model = trace(lambda *inputs: unet(*inputs, return_dict=False)[0], inputs, sizes, "out_sample")
     store_as_fp16(model)
     return model
 
@@ -463,80 +465,82 @@ def store_as_fp16(model: Any) -> None:
                     reader.replace_source_output(single)
 
 
-def openvino_unet_file(payload: dict[str, Any], args: argparse.Namespace) -> Path:
-    """unet.xml, with unet.bin beside it: OpenVINO's form of the file, made at its first use.
+def cached(file: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """The folder of that name beside quant_model.pt, or in the user's cache folder where that cannot be written.
 
-    It is kept beside quant_model.pt, or in the user's cache folder where that cannot be written, under a name that
-    another file, another kind of graph and other versions do not have.
+    Where there is none, or a damaged one, `write` makes it.
 
     Raises:
-        UsageError: the tensors do not fit the architecture that the file names, or there is no room.
+        UsageError: there is no room.
     """
-    file = quant_model_file(args.quantized_model_name_or_path)
-    config = {key: payload["unet_config"].get(key, default) for key, default in unet_defaults().items()}
-    versions = [GRAPH_VERSION, *(library.__version__ for library in (import_openvino(), torch, diffusers))]
-    identity = json.dumps([payload["checksum"], config, versions, pairs_guidance(args)])
-    name = hashlib.sha256(identity.encode()).hexdigest()[:32]
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd-unet-int8"
-    folders = [file.with_suffix(".openvino") / name, user_cache / name]
+    folders, problems = [file.with_suffix(".openvino") / name, user_cache / name], []
     for folder in folders:
         if is_whole(folder):
-            return folder / "unet.xml"
-    logger.info("making OpenVINO's form of quant_model.pt: this is done once")
-    unet = build_int8_unet(payload, torch.float32, torch.device("cpu"))
-    if pairs_guidance(args):
-        pair_guidance(unet)
-    model, problems = unet_to_openvino(unet), []
+            return folder
     for folder in folders:
         try:
-            keep_openvino_unet(model, folder)
-            logger.info(f"kept in {folder} ({sum(part.stat().st_size for part in folder.iterdir()) / 1e6:.1f} MB)")
-            return folder / "unet.xml"
+            write_folder(folder, write)
+            size = sum(part.stat().st_size for part in folder.iterdir())
+            logger.info(f"kept in {folder} ({size / 1e6:.1f} MB); it may be deleted at any time")
+            return folder
         except (OSError, RuntimeError) as error:
-            problems.append(f"{folder.parent} ({str(error).splitlines()[-1]})")
-    raise UsageError(f"-qm {file}: no room for OpenVINO's form of it in {' or '.join(problems)}; set XDG_CACHE_HOME")
+            problems.append(f"{folder.parent} ({str(error).strip().splitlines()[-1]})")
+    raise UsageError(f"-qm {file}: OpenVINO's form of it fits not into {' or '.join(problems)}; set XDG_CACHE_HOME")
 
 
-def keep_openvino_unet(model: Any, folder: Path) -> None:
-    """Write the model, and last its checksums, to a folder that gets its name when it is complete."""
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a folder, which gets its name when it is complete, and holds the checksums of its files."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(suffix=".partial", dir=folder.parent) as partial:
-        import_openvino().save_model(model, Path(partial) / "unet.xml", compress_to_fp16=False)
-        (Path(partial) / "SHA256SUMS").write_text(json.dumps(checksums(Path(partial))))
-        shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been used
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            if not is_whole(folder):  # another process was faster
-                raise
-        os.makedirs(partial, exist_ok=True)
+    with tempfile.TemporaryDirectory(suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True) as partial:
+        inner = Path(partial) / folder.name
+        inner.mkdir()
+        write(inner)
+        sums = {path.relative_to(inner).as_posix(): sha256(path) for path in inner.rglob("*") if path.is_file()}
+        (inner / "SHA256SUMS.json").write_text(json.dumps(sums))
+        if folder.exists():  # damaged, or it would have been used
+            folder.rename(Path(partial) / "damaged")
+        inner.rename(folder)
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    def sha256(path: Path) -> str:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    return {name: sha256(folder / name) for name in ("unet.xml", "unet.bin")}
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_whole(folder: Path) -> bool:
     try:
-        return json.loads((folder / "SHA256SUMS").read_text()) == checksums(folder)
-    except (OSError, ValueError):  # not there, or cut short
+        sums = json.loads((folder / "SHA256SUMS.json").read_text())
+        return all(sha256(folder / name) == expected for name, expected in sums.items())
+    except (OSError, ValueError, AttributeError):  # not there, or damaged
         return False
 
 
 class OpenVINOUNet(UNet2DConditionModel):
-    """The pipeline's UNet, run by OpenVINO. It compiles for fixed sizes, as int8 is 1.3 times faster so, and keeps one
-    compiled model, as each holds its own copy of the weights."""
+    """The pipeline's UNet, run by OpenVINO.
 
-    def __init__(self, config: dict[str, Any], file: Path, quantize_inputs: bool, args: argparse.Namespace) -> None:
+    It is compiled for the very sizes of its inputs, as int8 is 1.3 times faster so; one compiled model is kept, as each
+    holds its own copy of the weights.
+    """
+
+    def __init__(self, payload: dict[str, Any], args: argparse.Namespace) -> None:
         ModelMixin.__init__(self)  # without the layers
+        config = {key: payload["unet_config"].get(key, default) for key, default in unet_defaults().items()}
         self.register_to_config(**config)
         self.register_buffer("none", torch.empty(0))  # the pipeline asks for a device and a dtype
-        self.file, self.quantize_inputs, self.args = file, quantize_inputs, args
-        self.shapes, self.request = None, None
+        self.args, self.core = args, import_openvino().Core()
+        try:
+            self.quantize_inputs = kernels_are_exact(args.device)
+            about_device = [self.core.get_property(args.device, name) for name in DEVICE_PROPERTIES]
+        except RuntimeError as error:
+            there = ", ".join(self.core.available_devices)
+            raise UsageError(f"--device {args.device}: OpenVINO cannot use it; there is {there}") from error
+        versions = [GRAPH_VERSION, *(library.__version__ for library in (import_openvino(), torch, diffusers))]
+        self.name = digest(payload["checksum"], config, versions, pairs_guidance(args))
+        self.how = [self.quantize_inputs, openvino_settings(args), about_device, os.environ.get("ONEDNN_MAX_CPU_ISA")]
+        self.shapes: list[list[int]] = []
+        self.compiled: list[Any] = []
+        self.seconds_compiling = 0.0
 
     def forward(
         self, sample: torch.Tensor, timestep: Any, encoder_hidden_states: torch.Tensor, **options: Any
@@ -544,18 +548,54 @@ class OpenVINOUNet(UNet2DConditionModel):
         inputs = [sample, torch.as_tensor(timestep).reshape(1), encoder_hidden_states]
         shapes = [list(tensor.shape) for tensor in inputs]
         if shapes != self.shapes:
-            self.request = None  # frees the memory of the one before
-            self.request, self.shapes = self.compile_for(shapes), shapes
-        return (torch.from_numpy(self.request.infer([tensor.float().numpy() for tensor in inputs])[0]),)
+            began = time.perf_counter()
+            self.compile_for(shapes)
+            self.seconds_compiling += time.perf_counter() - began
+        return (torch.from_numpy(self.compiled[-1].infer([tensor.float().numpy() for tensor in inputs])[0]),)
 
-    def compile_for(self, shapes: list[list[int]]) -> Any:
-        core = import_openvino().Core()
-        model = core.read_model(self.file)
-        model.reshape(dict(enumerate(shapes)))
-        if not self.quantize_inputs:
-            leave_inputs_in_float(model)
-        settings = openvino_settings(self.args) | {"CACHE_DIR": str(self.file.parent / "compiled")}
-        return core.compile_model(model, self.args.device, settings).create_infer_request()
+    def compile_for(self, shapes: list[list[int]]) -> None:
+        """Load what was compiled for these sizes before, or compile.
+
+        OpenVINO's own CACHE_DIR would do so, too, but reads all weights of the model that is to be compiled, only to
+        see that it is the same: 0.8 GiB more at the peak for SD v1.5.
+        """
+        self.shapes, self.compiled = shapes, []  # frees the memory of the one before
+        file, settings = quant_model_file(self.args.quantized_model_name_or_path), openvino_settings(self.args)
+
+        def write(folder: Path) -> None:
+            logger.info(f"compiling for {shapes[0]} latents: this is done once for each size and batch")
+            model = self.core.read_model(self.model_file())
+            model.reshape(dict(enumerate(shapes)))
+            if not self.quantize_inputs:
+                leave_inputs_in_float(model)
+            compiled = self.core.compile_model(model, self.args.device, settings)
+            (folder / "unet.blob").write_bytes(compiled.export_model().getbuffer())
+
+        blob = cached(file, f"{self.name}-{digest(shapes, self.how)[:8]}", write) / "unet.blob"
+        with open(blob, "rb") as opened:
+            memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        tensor = import_openvino().Tensor(np.frombuffer(memory, np.uint8), shared_memory=True)
+        compiled = self.core.import_model(tensor, self.args.device, settings)
+        if hasattr(mmap, "MADV_DONTNEED"):  # the weights were packed: what was read from the file may leave memory
+            memory.madvise(mmap.MADV_DONTNEED)
+        self.compiled = [memory, tensor, compiled, compiled.create_infer_request()]
+
+    def model_file(self) -> Path:
+        """unet.xml, with unet.bin beside it: OpenVINO's form of quant_model.pt, for any size; made at its first use."""
+        file = quant_model_file(self.args.quantized_model_name_or_path)
+
+        def write(folder: Path) -> None:
+            logger.info("making OpenVINO's form of quant_model.pt: this is done once")
+            unet = build_int8_unet(
+                read_quant_model(file), torch.float32, torch.device("cpu"), pairs_guidance(self.args)
+            )
+            import_openvino().save_model(unet_to_openvino(unet), folder / "unet.xml", compress_to_fp16=False)
+
+        return cached(file, self.name, write) / "unet.xml"
+
+
+def digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
 
 def leave_inputs_in_float(model: Any) -> None:
@@ -589,7 +629,7 @@ def kernels_are_exact(device: str) -> bool:
         int8.weight_scale, int8.input_factor = torch.full((32,), 0.5), torch.ones(64)
         int8.input_scale, int8.input_zero_point = torch.tensor(1.0), torch.tensor(7)
         int8.make_ready()
-        model = trace(int8, {"x": x}, {"x": list(x.shape)})
+        model = trace(int8, {"x": x}, {"x": list(x.shape)}, "y")
         compiled = import_openvino().compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32"})
         if not np.allclose(compiled([x.numpy()])[0], int8(x)):
             return False
@@ -600,41 +640,49 @@ def kernels_are_exact(device: str) -> bool:
 
 
 def choose_engine(args: argparse.Namespace) -> str:
-    """What runs the UNet: openvino or torch."""
-    if args.quantized_model_name_or_path is None:
+    """What runs the UNet: openvino or torch.
+
+    Raises:
+        UsageError: OpenVINO is asked for, but does not import.
+    """
+    needed = args.engine == "openvino" or args.device != "CPU" or args.save_openvino is not None
+    if args.quantized_model_name_or_path is None or args.engine == "torch":
         return "torch"
-    if args.engine != "auto" or torch.cuda.is_available() and args.device == "CPU":
-        return "torch" if args.engine == "auto" else args.engine
+    if torch.cuda.is_available() and not needed:
+        return "torch"
     try:
         import_openvino()
+        return "openvino"
     except ImportError as error:
-        logger.warning(f"--engine torch, at float speed, as OpenVINO does not import ({error}): pip install openvino")
+        remedy = f"OpenVINO does not import ({error}): pip install -r requirements.txt"
+        if needed:
+            raise UsageError(remedy) from error
+        logger.warning(f"--engine torch, which computes in float and is slower, as {remedy}")
         return "torch"
-    return "openvino"
 
 
 def load_int8_unet(
-    payload: dict[str, Any], dtype: torch.dtype, device: torch.device, args: argparse.Namespace
+    payload: dict[str, Any], dtype: torch.dtype, device: torch.device, engine: str, args: argparse.Namespace
 ) -> UNet2DConditionModel:
-    """The file's UNet as --engine says."""
-    state_dict, engine = payload["state_dict"], choose_engine(args)
-    if engine == "torch":
-        unet = build_int8_unet(payload, dtype, device)
-        if pairs_guidance(args):
-            pair_guidance(unet)
-        how = f"PyTorch, at float speed, on {device.type}"
+    """The file's UNet, to be run by `engine`; says how many of its layers are int8."""
+    if engine == "openvino":
+        unet = OpenVINOUNet(payload, args)
+        how = f"OpenVINO on {args.device}"
+        how += "" if unet.quantize_inputs else ", in float, as its int8 kernels saturate here (no VNNI)"
     else:
-        exact = kernels_are_exact(args.device)
-        unet = OpenVINOUNet(payload["unet_config"], openvino_unet_file(payload, args), exact, args)
-        how = f"OpenVINO on {args.device}" + ("" if exact else " in float, as its int8 kernels saturate here (no VNNI)")
-    weights = [name for name, tensor in state_dict.items() if name.endswith(".weight") and tensor.dim() > 1]
-    int8, scaled = (sum(name.endswith(part) for name in state_dict) for part in (".input_scale", ".weight_scale"))
+        unet = build_int8_unet(payload, dtype, device, pairs_guidance(args))
+        how = f"PyTorch in float on {device.type}"
+    names = payload["state_dict"]
+    layers = sum(name.endswith(".weight") and tensor.dim() > 1 for name, tensor in names.items())
+    int8, scaled = (sum(name.endswith(part) for name in names) for part in (".input_scale", ".weight_scale"))
     rest = f"{scaled - int8} more with int8 weights and float arithmetic"
-    logger.info(f"{int8} of {len(weights)} Linear and Conv2d layers in int8 ({rest}), by {how}")
+    logger.info(f"{int8} of {layers} Linear and Conv2d layers in int8 ({rest}), by {how}")
     return unet
 
 
 def choose_dtype(args: argparse.Namespace) -> torch.dtype:
+    if args.save_openvino is not None:
+        return torch.float32  # what is written loses nothing
     if args.dtype != "auto":
         return getattr(torch, args.dtype)
     capabilities = torch.cpu.get_capabilities()
@@ -648,8 +696,8 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     Raises:
         UsageError: no Stable Diffusion 1.x/2.x there, or the file is for another architecture.
     """
-    name, dtype = args.pretrained_model_name_or_path, choose_dtype(args)
-    device = torch.device("cuda" if torch.cuda.is_available() and choose_engine(args) == "torch" else "cpu")
+    name, dtype, engine = args.pretrained_model_name_or_path, choose_dtype(args), choose_engine(args)
+    device = torch.device("cuda" if torch.cuda.is_available() and engine == "torch" else "cpu")
     if name == "runwayml/stable-diffusion-v1-5" and not Path(name).is_dir():
         name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
         logger.info(f"runwayml/stable-diffusion-v1-5 has left the hub; using its copy {name}")
@@ -663,7 +711,7 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
         if args.quantized_model_name_or_path is not None:
             payload = read_quant_model(args.quantized_model_name_or_path)
             check_architecture(payload, UNet2DConditionModel.load_config(name, subfolder="unet"), name)
-            parts["unet"] = load_int8_unet(payload, dtype, device, args)
+            parts["unet"] = load_int8_unet(payload, dtype, device, engine, args)
             del payload
         pipeline = StableDiffusionPipeline.from_pretrained(name, dtype=dtype, **parts)
     except (OSError, ValueError) as error:
@@ -710,6 +758,56 @@ def to_unet_dtype(unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
 
 def to_fp32(unet: nn.Module, args: tuple, output: Any) -> Any:
     return tuple(value.float() for value in output)  # the pipeline asks for a tuple
+
+
+# ---------------------------------------------------------------- the whole pipeline for OpenVINO
+
+
+def save_openvino(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> None:
+    """Write all that paints as OpenVINO models, in the layout that OpenVINO GenAI and optimum-intel load.
+
+    Raises:
+        UsageError: openvino-tokenizers is missing, the folder exists, or it cannot be written.
+    """
+    ov, folder, encoder, vae = import_openvino(), args.save_openvino, pipeline.text_encoder, pipeline.vae
+    try:
+        from openvino_tokenizers import convert_tokenizer
+    except ImportError as error:
+        needed = "pip install -r requirements-openvino-genai.txt"
+        raise UsageError(f"--save_openvino: openvino-tokenizers does not import ({error}): {needed}") from error
+    for part in (encoder, vae):
+        part.requires_grad_(False)
+    ids = {"input_ids": torch.ones(1, pipeline.tokenizer.model_max_length, dtype=torch.int64)}
+    latents = {"latent_sample": torch.randn(1, vae.config.latent_channels, 16, 16)}
+    text = trace(lambda ids: encoder(ids)[0], ids, {"input_ids": [-1, ids["input_ids"].shape[1]]}, "last_hidden_state")
+    sizes = {"latent_sample": [-1, vae.config.latent_channels, -1, -1]}
+    decoder = trace(lambda latents: vae.decode(latents).sample, latents, sizes, "sample")
+    unet = ov.preprocess.PrePostProcessor(ov.Core().read_model(pipeline.unet.model_file()))
+    unet.input("timestep").tensor().set_element_type(ov.Type.i64)  # as OpenVINO GenAI's samplers have it
+    models = {"text_encoder": text, "unet": unet.build(), "vae_decoder": decoder}
+
+    def write(folder: Path) -> None:
+        for part, model in models.items():
+            ov.save_model(model, folder / part / "openvino_model.xml", compress_to_fp16=part != "unet")
+        encoder.config.save_pretrained(folder / "text_encoder")
+        pipeline.unet.save_config(folder / "unet")
+        vae.save_config(folder / "vae_decoder")
+        pipeline.scheduler.save_pretrained(folder / "scheduler")
+        pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+        ov.save_model(convert_tokenizer(pipeline.tokenizer), folder / "tokenizer/openvino_tokenizer.xml")
+        pipeline.register_to_config(unet=("diffusers", "UNet2DConditionModel"))
+        pipeline.save_config(folder)
+        for path in folder.rglob("*.json"):  # OpenVINO GenAI takes null for a value of the wrong kind
+            text = path.read_text(encoding="utf-8").replace(OpenVINOUNet.__name__, UNet2DConditionModel.__name__)
+            values = json.loads(text)
+            values = {key: value for key, value in values.items() if value not in (None, [None, None])}
+            path.write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+    try:
+        write_folder(folder, write)
+        logger.info(f"wrote the pipeline as OpenVINO models to {folder}, without a safety checker")
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"--save_openvino {folder}: {str(error).strip().splitlines()[-1]}") from error
 
 
 # ---------------------------------------------------------------- painting
@@ -763,7 +861,7 @@ def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Nam
     decoded, flagged = pipeline.run_safety_checker(torch.nan_to_num(decoded), pipeline.device, vae.dtype)
     shown = [not flag for flag in flagged or [False] * len(jobs)]  # the checker's black is 0 of 0..1, not of -1..1
     images = pipeline.image_processor.postprocess(decoded, output_type="pil", do_denormalize=shown)
-    seconds = (time.perf_counter() - began) / len(jobs)
+    seconds = (time.perf_counter() - began - getattr(pipeline.unet, "seconds_compiling", 0)) / len(jobs)
     paintings = []
     for index, job in enumerate(jobs):
         status = "flagged" if flagged and flagged[index] else "ok" if finite[index] else "non-finite"
@@ -873,6 +971,10 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = load_pipeline(args)  # the checkpoint, with the int8 UNet where -qm is given
     pipeline.set_progress_bar_config(disable=True)
     facts = run_facts(pipeline, args)
+    if args.save_openvino is not None:
+        save_openvino(pipeline, args)
+        if not args.captions:
+            return
     kind, size, around = facts["precision"], facts["unet_mb"], facts["dtype"]
     logger.info(f"{kind} UNet ({size} MB), {around} elsewhere, {torch.get_num_threads()} threads")
     jobs = [Job(caption, k, args.seed + k) for caption in args.captions for k in range(args.images_num)]
