@@ -24,6 +24,7 @@ import os
 import pickletools
 import re
 import reprlib
+import shutil
 import struct
 import sys
 import tempfile
@@ -410,7 +411,7 @@ def pair_guidance(unet: UNet2DConditionModel) -> None:
 # ---------------------------------------------------------------- the int8 UNet in OpenVINO
 
 DEVICE_PROPERTIES = "FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"
-GRAPH_VERSION = 1  # to be raised with every change of what to_openvino makes: older files are then made anew
+GRAPH_VERSION = 1  # to be raised with every change of what unet_to_openvino makes: older files are then made anew
 
 
 def import_openvino() -> Any:
@@ -468,10 +469,10 @@ def store_as_fp16(model: Any) -> None:
 def cached(file: Path, name: str, write: Callable[[Path], None]) -> Path:
     """The folder of that name beside quant_model.pt, or in the user's cache folder where that cannot be written.
 
-    Where there is none, or a damaged one, `write` makes it.
+    Where there is none, or a damaged one, `write` makes it, and those of earlier contents of the file go.
 
     Raises:
-        UsageError: there is no room.
+        UsageError: it cannot be written to either.
     """
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd-unet-int8"
     folders, problems = [file.with_suffix(".openvino") / name, user_cache / name], []
@@ -483,10 +484,16 @@ def cached(file: Path, name: str, write: Callable[[Path], None]) -> Path:
             write_folder(folder, write)
             size = sum(part.stat().st_size for part in folder.iterdir())
             logger.info(f"kept in {folder} ({size / 1e6:.1f} MB); it may be deleted at any time")
+            for other in folders[0].parent.glob("*-*"):
+                if other.name.partition("-")[0] != name.partition("-")[0]:
+                    shutil.rmtree(other, ignore_errors=True)
             return folder
         except (OSError, RuntimeError) as error:
             problems.append(f"{folder.parent} ({str(error).strip().splitlines()[-1]})")
-    raise UsageError(f"-qm {file}: OpenVINO's form of it fits not into {' or '.join(problems)}; set XDG_CACHE_HOME")
+    raise UsageError(
+        f"-qm {file}: OpenVINO's form of it was not made in {' or '.join(problems)}: free space there, or set "
+        "XDG_CACHE_HOME to a folder that has some"
+    )
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -511,7 +518,7 @@ def sha256(path: Path) -> str:
 def is_whole(folder: Path) -> bool:
     try:
         sums = json.loads((folder / "SHA256SUMS.json").read_text())
-        return all(sha256(folder / name) == expected for name, expected in sums.items())
+        return bool(sums) and all(sha256(folder / name) == expected for name, expected in sums.items())
     except (OSError, ValueError, AttributeError):  # not there, or damaged
         return False
 
@@ -523,21 +530,22 @@ class OpenVINOUNet(UNet2DConditionModel):
     holds its own copy of the weights.
     """
 
-    def __init__(self, payload: dict[str, Any], args: argparse.Namespace) -> None:
+    def __init__(
+        self, payload: dict[str, Any], args: argparse.Namespace, more_settings: dict[str, Any] | None = None
+    ) -> None:
         ModelMixin.__init__(self)  # without the layers
-        config = {key: payload["unet_config"].get(key, default) for key, default in unet_defaults().items()}
-        self.register_to_config(**config)
+        self.register_to_config(**settings_of_unet(payload))
         self.register_buffer("none", torch.empty(0))  # the pipeline asks for a device and a dtype
         self.args, self.core = args, import_openvino().Core()
+        self.settings = openvino_settings(args) | (more_settings or {})
         try:
             self.quantize_inputs = kernels_are_exact(args.device)
-            about_device = [self.core.get_property(args.device, name) for name in DEVICE_PROPERTIES]
+            self.about_device = [self.core.get_property(args.device, name) for name in DEVICE_PROPERTIES]
         except RuntimeError as error:
             there = ", ".join(self.core.available_devices)
             raise UsageError(f"--device {args.device}: OpenVINO cannot use it; there is {there}") from error
-        versions = [GRAPH_VERSION, *(library.__version__ for library in (import_openvino(), torch, diffusers))]
-        self.name = digest(payload["checksum"], config, versions, pairs_guidance(args))
-        self.how = [self.quantize_inputs, openvino_settings(args), about_device, os.environ.get("ONEDNN_MAX_CPU_ISA")]
+        self.about_device.append(os.environ.get("ONEDNN_MAX_CPU_ISA"))
+        self.name = graph_name(payload, args)
         self.shapes: list[list[int]] = []
         self.compiled: list[Any] = []
         self.seconds_compiling = 0.0
@@ -560,7 +568,7 @@ class OpenVINOUNet(UNet2DConditionModel):
         see that it is the same: 0.8 GiB more at the peak for SD v1.5.
         """
         self.shapes, self.compiled = shapes, []  # frees the memory of the one before
-        file, settings = quant_model_file(self.args.quantized_model_name_or_path), openvino_settings(self.args)
+        file = quant_model_file(self.args.quantized_model_name_or_path)
 
         def write(folder: Path) -> None:
             logger.info(f"compiling for {shapes[0]} latents: this is done once for each size and batch")
@@ -568,14 +576,15 @@ class OpenVINOUNet(UNet2DConditionModel):
             model.reshape(dict(enumerate(shapes)))
             if not self.quantize_inputs:
                 leave_inputs_in_float(model)
-            compiled = self.core.compile_model(model, self.args.device, settings)
+            compiled = self.core.compile_model(model, self.args.device, self.settings)
             (folder / "unet.blob").write_bytes(compiled.export_model().getbuffer())
 
-        blob = cached(file, f"{self.name}-{digest(shapes, self.how)[:8]}", write) / "unet.blob"
+        name = f"{self.name}-{digest(shapes, self.quantize_inputs, self.settings, self.about_device)}"
+        blob = cached(file, name, write) / "unet.blob"
         with open(blob, "rb") as opened:
             memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         tensor = import_openvino().Tensor(np.frombuffer(memory, np.uint8), shared_memory=True)
-        compiled = self.core.import_model(tensor, self.args.device, settings)
+        compiled = self.core.import_model(tensor, self.args.device, self.settings)
         if hasattr(mmap, "MADV_DONTNEED"):  # the weights were packed: what was read from the file may leave memory
             memory.madvise(mmap.MADV_DONTNEED)
         self.compiled = [memory, tensor, compiled, compiled.create_infer_request()]
@@ -586,16 +595,27 @@ class OpenVINOUNet(UNet2DConditionModel):
 
         def write(folder: Path) -> None:
             logger.info("making OpenVINO's form of quant_model.pt: this is done once")
-            unet = build_int8_unet(
-                read_quant_model(file), torch.float32, torch.device("cpu"), pairs_guidance(self.args)
-            )
+            payload = read_quant_model(file)
+            if graph_name(payload, self.args) != self.name:
+                raise UsageError(f"-qm {file}: the file was replaced while it was in use; start again")
+            unet = build_int8_unet(payload, torch.float32, torch.device("cpu"), pairs_guidance(self.args))
             import_openvino().save_model(unet_to_openvino(unet), folder / "unet.xml", compress_to_fp16=False)
 
         return cached(file, self.name, write) / "unet.xml"
 
 
+def graph_name(payload: dict[str, Any], args: argparse.Namespace) -> str:
+    """Of OpenVINO's form of a quant_model.pt, by all that decides what is in it."""
+    versions = [GRAPH_VERSION, *(library.__version__ for library in (import_openvino(), torch, diffusers))]
+    return f"{payload['checksum'][:16]}-{digest(settings_of_unet(payload), versions, pairs_guidance(args))}"
+
+
+def settings_of_unet(payload: dict[str, Any]) -> dict[str, Any]:
+    return {key: payload["unet_config"].get(key, default) for key, default in unet_defaults().items()}
+
+
 def digest(*values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def leave_inputs_in_float(model: Any) -> None:
@@ -645,9 +665,9 @@ def choose_engine(args: argparse.Namespace) -> str:
     Raises:
         UsageError: OpenVINO is asked for, but does not import.
     """
-    needed = args.engine == "openvino" or args.device != "CPU" or args.save_openvino is not None
     if args.quantized_model_name_or_path is None or args.engine == "torch":
         return "torch"
+    needed = args.engine == "openvino" or args.device != "CPU" or args.save_openvino is not None
     if torch.cuda.is_available() and not needed:
         return "torch"
     try:
@@ -681,7 +701,7 @@ def load_int8_unet(
 
 
 def choose_dtype(args: argparse.Namespace) -> torch.dtype:
-    if args.save_openvino is not None:
+    if args.quantized_model_name_or_path is not None and args.save_openvino is not None:
         return torch.float32  # what is written loses nothing
     if args.dtype != "auto":
         return getattr(torch, args.dtype)
@@ -838,10 +858,15 @@ def initial_latents(pipeline: StableDiffusionPipeline, jobs: list[Job], height: 
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs])
 
 
+def seconds_compiling(pipeline: StableDiffusionPipeline) -> float:
+    """What went so far into the loading of compiled UNets, as a picture's time is without the loading of models."""
+    return getattr(pipeline.unet, "seconds_compiling", 0.0)
+
+
 @torch.no_grad()
 def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Namespace) -> list[Painting]:
     """Denoise, decode and check one batch of pictures."""
-    began = time.perf_counter()
+    began = time.perf_counter() - seconds_compiling(pipeline)
     default = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     height, width = args.height or default, args.width or default
     latents = pipeline(
@@ -861,7 +886,7 @@ def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Nam
     decoded, flagged = pipeline.run_safety_checker(torch.nan_to_num(decoded), pipeline.device, vae.dtype)
     shown = [not flag for flag in flagged or [False] * len(jobs)]  # the checker's black is 0 of 0..1, not of -1..1
     images = pipeline.image_processor.postprocess(decoded, output_type="pil", do_denormalize=shown)
-    seconds = (time.perf_counter() - began - getattr(pipeline.unet, "seconds_compiling", 0)) / len(jobs)
+    seconds = (time.perf_counter() - seconds_compiling(pipeline) - began) / len(jobs)
     paintings = []
     for index, job in enumerate(jobs):
         status = "flagged" if flagged and flagged[index] else "ok" if finite[index] else "non-finite"

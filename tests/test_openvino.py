@@ -98,7 +98,7 @@ def test_unet_in_openvino_fits_any_batch_and_size(
     sample, timesteps, text = unet_inputs(batch, max(height, width))
     inputs = sample[:, :, :height, :width].contiguous(), timesteps[:1], text
     unet = openvino_unet(settings)
-    unet.quantize_inputs, unet.how = False, [*unet.how, "float"]
+    unet.quantize_inputs = False
     expected = references["float"](*inputs)[0]
     assert torch.allclose(unet(*inputs)[0], expected, atol=1e-4 * expected.abs().max().item())
 
@@ -220,6 +220,17 @@ def test_the_form_is_made_once_and_a_damaged_one_anew(own_file: list[str], tmp_p
     assert not list((tmp_path / "quant_model.openvino").rglob("*.partial"))
 
 
+def test_forms_of_earlier_contents_go(own_file: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "quant_model.openvino"
+    for name in ("0123456789abcdef-0123456789abcdef", "not ours"):
+        (folder / name).mkdir(parents=True)
+    output_of(own_file)
+    checksum = torch.load(tmp_path / "quant_model.pt", weights_only=True)["checksum"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) == 3 and names[2] == "not ours"
+    assert all(name.startswith(checksum[:16]) for name in names[:2])
+
+
 def test_weights_stay_int8_and_floats_fp16_on_disk(own_file: list[str], tmp_path: Path) -> None:
     weights = openvino_unet(own_file).model_file().with_suffix(".bin").stat().st_size
     state_dict = text2images.read_quant_model(tmp_path / "quant_model.pt")["state_dict"]
@@ -230,12 +241,23 @@ def test_weights_stay_int8_and_floats_fp16_on_disk(own_file: list[str], tmp_path
 def test_other_contents_and_another_kind_of_graph_meet_no_stale_form(own_file: list[str]) -> None:
     args = text2images.parse_args(own_file)
     payload = text2images.read_quant_model(args.quantized_model_name_or_path)
-    names = {text2images.OpenVINOUNet(payload, args).name}
+    names = {text2images.graph_name(payload, args)}
     config = {**payload["unet_config"], "norm_eps": 1e-4}
     for other in ({**payload, "checksum": "other"}, {**payload, "unet_config": config}):
-        names.add(text2images.OpenVINOUNet(other, args).name)
-    names.add(openvino_unet(own_file, "--no_paired_guidance").name)
+        names.add(text2images.graph_name(other, args))
+    names.add(text2images.graph_name(payload, text2images.parse_args([*own_file, "--no_paired_guidance"])))
     assert len(names) == 4
+
+
+def test_a_file_that_is_replaced_while_it_is_in_use_does_not_get_the_form_of_the_other(
+    own_file: list[str], quant_model: Path, tmp_path: Path
+) -> None:
+    unet = openvino_unet(own_file)
+    payload = torch.load(quant_model, weights_only=True)
+    payload["state_dict"]["conv_out.bias"] += 1
+    torch.save(payload | {"checksum": text2images.checksum(payload["state_dict"])}, tmp_path / "quant_model.pt")
+    with pytest.raises(UsageError, match="start again"):
+        unet.model_file()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="XDG_CACHE_HOME is not of Windows")
@@ -248,7 +270,7 @@ def test_where_the_file_lies_read_only_the_users_cache_folder_is_used(
     assert len(list((tmp_path / "cache/sd-unet-int8").rglob("unet.blob"))) == 1
     assert torch.equal(output_of(own_file), expected) and len(count_conversions) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "quant_model.openvino"))
-    with pytest.raises(UsageError, match="set XDG_CACHE_HOME"):
+    with pytest.raises(UsageError, match="or set XDG_CACHE_HOME"):
         output_of(own_file)
 
 
