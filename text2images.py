@@ -368,7 +368,8 @@ def build_int8_unet(
         UsageError: the tensors do not fit the architecture that the file names.
     """
     state_dict, config = payload["state_dict"], payload["unet_config"]
-    int8_names = [name.removesuffix(".weight_scale") for name in state_dict if name.endswith(".weight_scale")]
+    scales = (".weight_scale", ".input_scale")
+    int8_names = sorted({name.rpartition(".")[0] for name in state_dict if name.endswith(scales)})
     try:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config({key: config[key] for key in unet_defaults() if key in config})
