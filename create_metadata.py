@@ -701,9 +701,10 @@ def write_metadata(rows: list[Row], args: argparse.Namespace) -> Path:
     if any(isinstance(row.text, list) for row in rows):  # then all are: `datasets` wants a column of one type
         rows = [Row(name, [text] if isinstance(text, str) else text) for name, text in rows]
     write_atomically(path, map(jsonl_line, rows) if args.format == "jsonl" else csv_lines(rows))
-    for name in METADATA_NAMES:
-        if name != path.name:
-            path.with_name(name).unlink(missing_ok=True)
+    for other in map(path.with_name, METADATA_NAMES):
+        if other != path and os.path.lexists(other):
+            other.unlink()
+            logger.warning("%s deleted: `datasets` refuses two metadata files", other)
     write_atomically(path.with_name(STAMP_NAME), [stamp_line(path)])
     return path
 

@@ -113,6 +113,7 @@ def read_folder(path: Path) -> Folder:
             row = json.loads(line)
             key, file, status = (row["caption"], row["seed"]), row["file"], row["status"]
             missing = [] if file is None or status != "ok" else [name for name in NEEDED if row.get(name) is None]
+            rows.get(key), Path(file or ""), float(row.get("seconds") or 0)  # raise where they are of another kind
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             missing = [str(error)]
         if missing:
@@ -178,7 +179,8 @@ def measure(folders: list[Folder], keys: list[tuple[str, int]]) -> None:
         for candidate in folders[1:]:
             picture = candidate.picture(key)
             if picture.shape != reference.shape:
-                raise UsageError(f"{candidate.path}: {candidate.rows[key]['file']} is not as large as its partner")
+                name = candidate.rows[key]["file"]
+                raise UsageError(f"{candidate.path}: {name} is not as large as its partner: paint both at one size")
             ssim = float(structural_similarity(reference, picture, channel_axis=2))
             candidate.values.setdefault("psnr", []).append(psnr(reference, picture))
             candidate.values.setdefault("ssim", []).append(ssim)
@@ -423,7 +425,7 @@ def contact_sheet(reference: Folder, candidate: Folder, keys: list[tuple[str, in
     draw = ImageDraw.Draw(sheet)
 
     def write(left: int, top: int, text: str, room: int) -> None:
-        text = text.encode("latin-1", "replace").decode("latin-1")  # what the font has
+        text = text[:500].encode("latin-1", "replace").decode("latin-1")  # what the font has
         while font.getlength(text) > room:
             text = text.removesuffix("...")[:-1] + "..."
         draw.text((left, top), text, "black", font)

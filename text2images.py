@@ -14,6 +14,7 @@ Next: leave out -qm, paint the same captions in fp32, and look at both.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import inspect
 import json
@@ -49,7 +50,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from diffusers import ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
-from packaging import version
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
@@ -143,6 +143,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             lines = args.captions_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"--captions_file {args.captions_file}: {error}")
+        if args.captions_file.suffix in (".jsonl", ".json", ".csv", ".parquet"):
+            parser.error(f"--captions_file {args.captions_file}: a text file is needed, with one caption a line")
         args.captions = [*args.captions, *(line.strip() for line in lines if line.strip())]
     if any("\ud800" <= letter <= "\udfff" for caption in args.captions for letter in caption):
         parser.error("--captions must be UTF-8")
@@ -804,9 +806,18 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     return pipeline.to(device)
 
 
+def has_betas(scheduler: Any) -> bool:
+    """Whether a checkpoint's scheduler says by which noise its UNet was trained, and not only its class's default."""
+    config = scheduler.config
+    given = config.get("beta_start") is not None and "beta_start" not in config.get("_use_default_values", [])
+    return given or config.get("trained_betas") is not None
+
+
 def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """model_index.json, which names the class of the pipeline and of each part."""
     folder = Path(name)
+    if "://" in name:
+        raise UsageError(f"--pretrained_model_name_or_path {name}: give a hub id such as owner/model, or a folder")
     single = folder.suffix in (".safetensors", ".ckpt")
     if (folder.exists() or single) and not (folder / "model_index.json").is_file():
         raise UsageError(f"--pretrained_model_name_or_path {name}: {no_checkpoint(folder)}")
@@ -814,7 +825,7 @@ def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--pretrained_model_name_or_path {name}: no such folder, and no hub id such as owner/model")
     try:
         options = {"revision": args.revision, "cache_dir": args.cache_dir}
-        index = StableDiffusionPipeline.load_config(name, **options)
+        index = dict(StableDiffusionPipeline.load_config(name, **options))
         kind = index["_class_name"]
     except Exception as error:  # of the hub, of JSON, ...
         damaged = f"model_index.json is damaged, copy it again ({first_line(error)})"
@@ -834,7 +845,7 @@ def no_checkpoint(path: Path) -> str:
         return f"the checkpoint is one level down: give {nested[0]}"
     if (path.parent / "model_index.json").is_file():
         return f"a part of a checkpoint: give the whole, {path.parent}"
-    if files:
+    if any(file.suffix in (".safetensors", ".ckpt") for file in files):
         convert = f"P.from_single_file('{files[0]}').save_pretrained('FOLDER')"
         return (
             "a single file is not read; make a diffusers folder of it, and give that: "
@@ -851,7 +862,8 @@ def load_part(
     Raises:
         UsageError: its class cannot work here, or its files are missing, cut short or damaged.
     """
-    library, kind = index.get(part) or (None, None)
+    named = index.get(part)
+    library, kind = named if isinstance(named, (list, tuple)) and len(named) == 2 else (None, None)
     allowed = {"unet": ("UNet2DConditionModel",), "vae": VAES}.get(part, (kind,))
     found = {"diffusers": diffusers, "transformers": transformers}.get(library)
     if kind is None or kind not in allowed or not hasattr(found, kind):
@@ -903,7 +915,10 @@ def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseEx
     if part not in ("tokenizer", "scheduler") and (folder / "config.json").is_file() and not there & {variant, None}:
         found = f"only the variant {max(there)}: give --variant {max(there)}" if there else "no weights: copy them"
         return f"its {part} has {found}"
-    return f"its {part} is damaged or incomplete ({first_line(error)}): copy the folder {part} again"
+    if isinstance(error, ImportError):
+        return f"its {part} needs a package that is not installed: {first_line(error)}"
+    reason = "no plain file of tensors, it could run code" if "weights_only" in str(error) else first_line(error)
+    return f"its {part} is damaged or incomplete ({reason}): copy the folder {part} again"
 
 
 def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -917,9 +932,12 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
         config = dict(UNet2DConditionModel.load_config(name, subfolder="unet", **options))
     except Exception as error:  # of the hub, of JSON, ...
         raise UsageError(f"{name}: {part_problem(Path(name), 'unet', args.variant, error)}") from error
-    for key in ("class_embed_type", "num_class_embeds", "addition_embed_type"):
-        if config.get(key) is not None:
+    more = "class_embed_type num_class_embeds addition_embed_type class_embeddings_concat dual_cross_attention"
+    for key in [*more.split(), "encoder_hid_dim_type"]:
+        if config.get(key) and config[key] != "text_proj":
             raise UsageError(f"{name}: its UNet wants more than a caption ({key}), which is not supported")
+    if config.get("out_channels", 4) != config.get("in_channels", 4):
+        raise UsageError(f"{name}: its UNet takes and gives other numbers of channels: only text-to-image models work")
     return config
 
 
@@ -930,8 +948,13 @@ def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[s
         UsageError: they do not, or the tokenizer has lost its vocabulary.
     """
     own = [token for token in list(tokenizer.get_vocab())[:1000] if token not in tokenizer.all_special_tokens]
+    if tokenizer.pad_token is None:
+        raise UsageError(f"{name}: its tokenizer has no pad_token, which tokenizer/tokenizer_config.json must name")
     if len({frozenset(ids) for ids in tokenizer(TEST_WORDS + own).input_ids}) == 1:
         raise UsageError(f"{name}: its tokenizer knows no words: copy the folder tokenizer with its vocabulary again")
+    words = [token[:-4] for token in tokenizer.get_vocab() if re.fullmatch("[a-z]{3,}</w>", token)][:1000]
+    if words and sum(len(ids) > 1 for ids in tokenizer(words, add_special_tokens=False).input_ids) > len(words) / 2:
+        raise UsageError(f"{name}: its tokenizer spells the words that it has: copy tokenizer/merges.txt again")
     highest, readable = max(tokenizer.get_vocab().values()), text_encoder.get_input_embeddings().num_embeddings
     if highest >= readable:
         raise UsageError(
@@ -941,12 +964,16 @@ def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[s
     positions = getattr(text_encoder.config, "max_position_embeddings", None)
     if positions is not None and "roberta" in text_encoder.config.model_type:
         positions -= text_encoder.config.pad_token_id + 1  # its positions begin after the padding's
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or 77)
+    own_length = tokenizer.model_max_length
+    tokenizer.model_max_length = min(own_length if own_length > 2 else math.inf, positions or 77)
     if getattr(text_encoder.config, "use_attention_mask", False):
         raise UsageError(f"{name}: its text encoder wants attention masks, which are not supported")
     channels = unet_config.get("in_channels", 4)
     if channels != vae.config.latent_channels:
-        raise UsageError(f"{name}: its UNet takes {channels} channels; only text-to-image models are supported")
+        made = f"its UNet takes {channels} channels, its VAE makes {vae.config.latent_channels}"
+        raise UsageError(f"{name}: {made}: only text-to-image models are supported, with the VAE that belongs to them")
+    if not vae.config.get("scaling_factor"):
+        raise UsageError(f"{name}: its VAE names no scaling_factor, which vae/config.json must")
     width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", 1280)
     widths = set(width) if isinstance(width, (list, tuple)) else {width}
     ids = tokenizer("a", padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -968,9 +995,12 @@ def add_safety_checker(
     if args.variant in variants(Path(name, "safety_checker")):
         options["variant"] = args.variant
     try:
-        return StableDiffusionPipeline.from_pretrained(name, **parts, **options)
+        return StableDiffusionPipeline.from_pretrained(name, **parts, image_encoder=None, **options)
     except Exception as error:  # each library fails in ways of its own
-        problem = part_problem(Path(name), "safety_checker", args.variant, error)
+        part = "safety_checker"
+        if Path(name, part).is_dir() and not Path(name, "feature_extractor/preprocessor_config.json").is_file():
+            part = "feature_extractor"
+        problem = part_problem(Path(name), part, args.variant, error)
         raise UsageError(f"{name}: {problem}, or give --disable_safety_checker") from error
 
 
@@ -985,20 +1015,44 @@ def choose_scheduler(saved: Any, args: argparse.Namespace) -> Any:
     if args.scheduler is not None:
         kind = getattr(diffusers, SCHEDULERS[args.scheduler])
         settings = SAMPLER_SETTINGS | {key: saved.config[key] for key in TRAINED_WITH if key in saved.config}
-        if "beta_start" not in settings and "trained_betas" not in settings:
-            raise UsageError(
-                f"--scheduler: leave it out, the checkpoint's {type(saved).__name__} has no betas to go by"
-            )
+        if not has_betas(saved):
+            problem = f"the checkpoint's {type(saved).__name__} has no betas to go by"
+            raise UsageError(f"--scheduler {args.scheduler}: {problem}; leave the flag out")
         # no sampler's default: the model wants its last timestep
         if saved.config.get("timestep_spacing") == "trailing":
             settings["timestep_spacing"] = "trailing"
         known = inspect.signature(kind.__init__).parameters
-        chosen = kind(**{key: value for key, value in settings.items() if key in known})
-    try:
-        chosen.set_timesteps(args.num_inference_steps)
-    except Exception as error:  # more steps than the sampler has, say
-        raise UsageError(f"--num_inference_steps {args.num_inference_steps}: {first_line(error)}") from error
+        settings = {key: value for key, value in settings.items() if key in known}
+        try:
+            chosen = kind(**settings)
+        except Exception as error:  # a schedule of betas that this sampler does not know, say
+            raise UsageError(f"--scheduler {args.scheduler}: {first_line(error)}; choose another one") from error
+    try_scheduler(chosen, args)
     return chosen
+
+
+def try_scheduler(scheduler: Any, args: argparse.Namespace) -> None:
+    """Have it take one step with zeros, as what it cannot do shows only then.
+
+    Raises:
+        UsageError: it has not so many steps, or cannot paint with what the UNet predicts.
+    """
+    kind, steps, tried = type(scheduler).__name__, args.num_inference_steps, copy.deepcopy(scheduler)
+    try:
+        tried.set_timesteps(steps)
+    except Exception as error:
+        raise UsageError(f"--num_inference_steps {steps}: {kind} does not take them ({first_line(error)})") from error
+    trained = tried.config.num_train_timesteps
+    if max(tried.timesteps.tolist()) >= trained or steps >= trained:
+        raise UsageError(f"--num_inference_steps {steps}: {kind} has {trained} timesteps, give fewer steps")
+    try:
+        sample = torch.zeros(1, 4, 8, 8) * tried.init_noise_sigma
+        sample = tried.scale_model_input(sample, tried.timesteps[0])
+        tried.step(sample, tried.timesteps[0], sample, return_dict=False)
+    except Exception as error:
+        raise UsageError(
+            f"{kind} cannot be used with this checkpoint ({first_line(error)}): try --scheduler"
+        ) from error
 
 
 def check_clip_skip(text_encoder: Any, args: argparse.Namespace) -> None:
@@ -1017,8 +1071,8 @@ def size_made_for(unet_config: dict[str, Any]) -> int | list[int] | None:
     """Latent edge, or height and width, that a checkpoint's UNet was made for; None where its config does not say."""
     size = unet_config.get("sample_size")
     if isinstance(size, int):
-        old = version.parse(unet_config.get("_diffusers_version", "0")) < version.parse("0.9.0.dev0")
-        return max(64, size) if old else size  # they said 32, and the pipelines correct it
+        match = re.match(r"0\.([0-8])\.", str(unet_config.get("_diffusers_version")))
+        return max(64, size) if match else size  # before 0.9 they said 32, and the pipelines correct it
     return list(size) if isinstance(size, (list, tuple)) else None
 
 
@@ -1242,8 +1296,12 @@ def save_painting(painting: Painting, facts: dict[str, Any], args: argparse.Name
         path = free_path(args.output_dir, f"{safe_name(job.caption)} {facts['precision']} seed {job.seed}")
         row["file"] = path.name
         save_png(painting.image, path, row)
-    with open(args.output_dir / "results.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    results = args.output_dir / "results.jsonl"
+    try:
+        with open(results, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UsageError(f"{results} was not written to: {error.strerror}; {row['file']} is there") from error
     if painting.status != "ok":
         meaning = {"flagged": "the safety checker blackened it", "non-finite": "numerical failure, no picture"}
         logger.warning(f"{job.caption!r}, seed {job.seed}: {meaning[painting.status]}")

@@ -17,6 +17,7 @@ Next: python text2images.py -m MODEL -qm OUTPUT_DIR/quant_model.pt -c "a caption
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import copy
 import csv
@@ -430,7 +431,7 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Pipelin
         except Exception as error:
             problem = f"the checkpoint's {type(sampler).__name__} paints none in {VALIDATION_STEPS} steps"
             raise UsageError(f"--validation_prompts: {problem} ({first_line(error)}); leave it out") from error
-    if "beta_start" not in sampler.config and "trained_betas" not in sampler.config:
+    if not has_betas(sampler):
         raise UsageError(f"{name}: its scheduler, {type(sampler).__name__}, has no betas to noise pictures by")
     pipeline = Pipeline(
         tokenizer=load_part(name, index, "tokenizer", args),
@@ -451,9 +452,18 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Pipelin
     return pipeline
 
 
+def has_betas(scheduler: Any) -> bool:
+    """Whether a checkpoint's scheduler says by which noise its UNet was trained, and not only its class's default."""
+    config = scheduler.config
+    given = config.get("beta_start") is not None and "beta_start" not in config.get("_use_default_values", [])
+    return given or config.get("trained_betas") is not None
+
+
 def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """model_index.json, which names the class of the pipeline and of each part."""
     folder = Path(name)
+    if "://" in name:
+        raise UsageError(f"--pretrained_model_name_or_path {name}: give a hub id such as owner/model, or a folder")
     single = folder.suffix in (".safetensors", ".ckpt")
     if (folder.exists() or single) and not (folder / "model_index.json").is_file():
         raise UsageError(f"--pretrained_model_name_or_path {name}: {no_checkpoint(folder)}")
@@ -461,7 +471,7 @@ def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--pretrained_model_name_or_path {name}: no such folder, and no hub id such as owner/model")
     try:
         options = {"revision": args.revision, "cache_dir": args.cache_dir}
-        index = StableDiffusionPipeline.load_config(name, **options)
+        index = dict(StableDiffusionPipeline.load_config(name, **options))
         kind = index["_class_name"]
     except Exception as error:  # of the hub, of JSON, ...
         damaged = f"model_index.json is damaged, copy it again ({first_line(error)})"
@@ -481,7 +491,7 @@ def no_checkpoint(path: Path) -> str:
         return f"the checkpoint is one level down: give {nested[0]}"
     if (path.parent / "model_index.json").is_file():
         return f"a part of a checkpoint: give the whole, {path.parent}"
-    if files:
+    if any(file.suffix in (".safetensors", ".ckpt") for file in files):
         convert = f"P.from_single_file('{files[0]}').save_pretrained('FOLDER')"
         return (
             "a single file is not read; make a diffusers folder of it, and give that: "
@@ -498,7 +508,8 @@ def load_part(
     Raises:
         UsageError: its class cannot work here, or its files are missing, cut short or damaged.
     """
-    library, kind = index.get(part) or (None, None)
+    named = index.get(part)
+    library, kind = named if isinstance(named, (list, tuple)) and len(named) == 2 else (None, None)
     allowed = {"unet": ("UNet2DConditionModel",), "vae": VAES}.get(part, (kind,))
     found = {"diffusers": diffusers, "transformers": transformers}.get(library)
     if kind is None or kind not in allowed or not hasattr(found, kind):
@@ -550,7 +561,10 @@ def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseEx
     if part not in ("tokenizer", "scheduler") and (folder / "config.json").is_file() and not there & {variant, None}:
         found = f"only the variant {max(there)}: give --variant {max(there)}" if there else "no weights: copy them"
         return f"its {part} has {found}"
-    return f"its {part} is damaged or incomplete ({first_line(error)}): copy the folder {part} again"
+    if isinstance(error, ImportError):
+        return f"its {part} needs a package that is not installed: {first_line(error)}"
+    reason = "no plain file of tensors, it could run code" if "weights_only" in str(error) else first_line(error)
+    return f"its {part} is damaged or incomplete ({reason}): copy the folder {part} again"
 
 
 def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -564,9 +578,12 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
         config = dict(UNet2DConditionModel.load_config(name, subfolder="unet", **options))
     except Exception as error:  # of the hub, of JSON, ...
         raise UsageError(f"{name}: {part_problem(Path(name), 'unet', args.variant, error)}") from error
-    for key in ("class_embed_type", "num_class_embeds", "addition_embed_type"):
-        if config.get(key) is not None:
+    more = "class_embed_type num_class_embeds addition_embed_type class_embeddings_concat dual_cross_attention"
+    for key in [*more.split(), "encoder_hid_dim_type"]:
+        if config.get(key) and config[key] != "text_proj":
             raise UsageError(f"{name}: its UNet wants more than a caption ({key}), which is not supported")
+    if config.get("out_channels", 4) != config.get("in_channels", 4):
+        raise UsageError(f"{name}: its UNet takes and gives other numbers of channels: only text-to-image models work")
     return config
 
 
@@ -577,8 +594,13 @@ def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[s
         UsageError: they do not, or the tokenizer has lost its vocabulary.
     """
     own = [token for token in list(tokenizer.get_vocab())[:1000] if token not in tokenizer.all_special_tokens]
+    if tokenizer.pad_token is None:
+        raise UsageError(f"{name}: its tokenizer has no pad_token, which tokenizer/tokenizer_config.json must name")
     if len({frozenset(ids) for ids in tokenizer(TEST_WORDS + own).input_ids}) == 1:
         raise UsageError(f"{name}: its tokenizer knows no words: copy the folder tokenizer with its vocabulary again")
+    words = [token[:-4] for token in tokenizer.get_vocab() if re.fullmatch("[a-z]{3,}</w>", token)][:1000]
+    if words and sum(len(ids) > 1 for ids in tokenizer(words, add_special_tokens=False).input_ids) > len(words) / 2:
+        raise UsageError(f"{name}: its tokenizer spells the words that it has: copy tokenizer/merges.txt again")
     highest, readable = max(tokenizer.get_vocab().values()), text_encoder.get_input_embeddings().num_embeddings
     if highest >= readable:
         raise UsageError(
@@ -588,12 +610,16 @@ def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[s
     positions = getattr(text_encoder.config, "max_position_embeddings", None)
     if positions is not None and "roberta" in text_encoder.config.model_type:
         positions -= text_encoder.config.pad_token_id + 1  # its positions begin after the padding's
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or 77)
+    own_length = tokenizer.model_max_length
+    tokenizer.model_max_length = min(own_length if own_length > 2 else math.inf, positions or 77)
     if getattr(text_encoder.config, "use_attention_mask", False):
         raise UsageError(f"{name}: its text encoder wants attention masks, which are not supported")
     channels = unet_config.get("in_channels", 4)
     if channels != vae.config.latent_channels:
-        raise UsageError(f"{name}: its UNet takes {channels} channels; only text-to-image models are supported")
+        made = f"its UNet takes {channels} channels, its VAE makes {vae.config.latent_channels}"
+        raise UsageError(f"{name}: {made}: only text-to-image models are supported, with the VAE that belongs to them")
+    if not vae.config.get("scaling_factor"):
+        raise UsageError(f"{name}: its VAE names no scaling_factor, which vae/config.json must")
     width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", 1280)
     widths = set(width) if isinstance(width, (list, tuple)) else {width}
     ids = tokenizer("a", padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -653,9 +679,13 @@ def captions_of(value: Any, names: list[str] | None = None) -> list[str]:
     if value is None or value != value:  # NaN is how tables of numbers say that something is missing
         return []
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            value = value.decode("latin-1")
     if isinstance(value, str):
-        return [value] if value.strip() else []
+        written = read_literal(value)
+        return captions_of(written, names) if written is not None else [value] if value.strip() else []
     if names is not None and type(value) is int:
         return [names[value]] if 0 <= value < len(names) else []  # -1: no class is known
     if type(value) in (int, float):
@@ -667,6 +697,22 @@ def captions_of(value: Any, names: list[str] | None = None) -> list[str]:
             raise ValueError("a caption cannot be a list of numbers")
         return [caption for item in value for caption in captions_of(item, names)]
     raise ValueError(f"a caption cannot be a {kind_of(value)}")
+
+
+def read_literal(text: str) -> list | dict | None:
+    """The list of texts or the dict with a caption that a text spells: tables are exported so."""
+    if not re.match(r"\s*[\[{]\s*[\"']", text):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+        if isinstance(value, dict) and not value.keys().isdisjoint(("caption", "text")):
+            return value
+    return None
 
 
 @dataclass
@@ -690,6 +736,11 @@ class Columns:
         for name in self.captions:
             column, _, key = (name, "", "") if name in row else name.partition(".")
             value = row.get(column)
+            if isinstance(value, bytes) and column.lower().endswith("json"):  # of a tar
+                with contextlib.suppress(ValueError, RecursionError):  # damaged: a pair without a caption
+                    value = json.loads(value)
+                value = None if isinstance(value, (bytes, list)) and not value or value == {} else value
+                value = None if isinstance(value, bytes) else value
             try:
                 if key:
                     value = [item[key] for item in value] if isinstance(value, list) else (value or {})[key]
@@ -703,10 +754,15 @@ class Columns:
         return []
 
 
+def named(names: Iterable[str], columns: Iterable[str]) -> list[str]:
+    """Those of the columns that are called so, in upper or lower case, in the order of the names."""
+    return [column for name in names for column in columns if str(column).lower() == name]
+
+
 def caption_columns(asked_for: str, columns: Iterable[str]) -> list[str]:
     """Those that --caption_column means among these; several where it has its default."""
     if asked_for == "text":
-        return [name for name in CAPTION_COLUMNS if name in columns]
+        return named(CAPTION_COLUMNS, columns)
     return [asked_for] if asked_for in columns or asked_for.partition(".")[0] in columns else []
 
 
@@ -734,18 +790,22 @@ def instead_of_metadata(folder: Path) -> str:
     nearby = sorted({path.parent for path in nearby if path.is_file()})
     if nearby:
         return f"it is in {', '.join(map(str, nearby[:2]))}: give that folder"
-    suffixes = {path.suffix.lower() for path in itertools.chain(folder.glob("*"), folder.glob("*/*"))}
+    suffixes = {path.suffix.lower() for path in itertools.chain(folder.glob("*"), folder.glob("*/*")) if path.is_file()}
     if ".tar" in suffixes:
         return "tars are read with --streaming: add it"
-    tables = sorted(
-        path.name for path in folder.iterdir() if path.suffix[:5].lower() in (".json", ".csv", ".tsv", ".parq")
-    )
-    tables = [name for name in tables if name.startswith("metadata")] or tables
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    tables = [name for name in files if name.startswith("metadata.")]
+    tables = tables or [name for name in files if Path(name).suffix[:5].lower() in (".json", ".csv", ".tsv", ".parq")]
     if tables and not suffixes & {".txt", ".caption"} or tables and tables[0].startswith("metadata"):
-        return f"is it {tables[0]}? Call it metadata.jsonl, .csv or .parquet; a row needs file_name and text"
+        return f"is it {tables[0]}? Make it metadata.jsonl, .csv or .parquet; a row needs file_name and text"
     if suffixes.isdisjoint(Image.registered_extensions() | {".heic": ""}):
         return "and there are no pictures: is it the right folder?"
     return f"run python create_metadata.py --image_path {shlex.quote(str(folder))}"
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
 
 
 def metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -759,7 +819,7 @@ def metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
         array = path.suffix != ".csv" and file.read(1000).lstrip().startswith("[")
         file.seek(0)
         if path.suffix == ".csv":
-            yield from csv.DictReader(file)
+            yield from csv.DictReader(file, strict=True, skipinitialspace=True)
         elif array:
             yield from json.load(file)
         else:
@@ -773,30 +833,39 @@ def read_metadata(folder: Path, image_column: str, caption_column: str) -> list[
         UsageError: there is no metadata, a row has no picture or no caption that can be read, or leaves the folder.
     """
     path, rows, seen = find_metadata(folder), [], {}
-    root, number = os.path.normpath(folder), 0
+    root, absolute, number = os.path.normpath(folder), os.path.abspath(folder), 0
     columns = Columns([image_column], [caption_column])
     try:
         for number, row in enumerate(metadata_rows(path), 1):
             where = f"{path}, row {number}"
             if not isinstance(row, dict):
                 raise UsageError(f"{where} is a {kind_of(row)}, not an object with {image_column} and {caption_column}")
+            if None in row:  # of csv's reader
+                raise UsageError(f"{where} has more fields than the header: put captions that hold commas into quotes")
             if row.keys() - seen.keys():
                 seen |= dict.fromkeys(row)
                 columns.captions = caption_columns(caption_column, seen)
             name = row.get(image_column)
-            if not isinstance(name, str):
-                problem = f"no {image_column!r} among {listed(row)}" if name is None else f"{image_column} is no text"
+            if not isinstance(name, str) or not name:
+                problem = f"no {image_column!r} among {listed(row)}" if not name else f"{image_column} is no text"
+                if len(row) == 1 and path.suffix == ".csv":
+                    problem += " (columns of a csv are parted by commas)"
                 raise UsageError(f"{where}: {problem}; see --image_column")
             if "\\" in name and not os.path.lexists(os.path.join(root, name)):
                 name = name.replace("\\", "/")  # as Windows writes them
             file = os.path.normpath(os.path.join(root, name))
-            if not file.startswith(root + os.sep) and root != ".":
+            inside = os.path.abspath(file).startswith(os.path.join(absolute, ""))
+            if not inside and not os.path.realpath(file).startswith(os.path.join(os.path.realpath(root), "")):
                 raise UsageError(f"{where}: {name[:200]!r} lies outside the folder")
             captions = columns.captions_in(row, where)
             rows.append((file, captions if captions[1:] else "".join(captions)))
     except (ValueError, TypeError, RecursionError, csv.Error, OSError) as error:
         written = (folder / ".create_metadata.sha256").is_file()
         remedy = "write it again with create_metadata.py --overwrite" if written else "mend that row"
+        if is_lfs_pointer(path):
+            remedy = "it is a pointer of Git LFS, not the file itself: git lfs pull brings it"
+        elif isinstance(error, UnicodeDecodeError):
+            remedy = "save it as UTF-8"
         raise UsageError(f"{path}, after row {number}: {first_line(error)}; {remedy}") from error
     if not rows:
         raise UsageError(f"{path} has no rows: run create_metadata.py --image_path '{folder}' --overwrite")
@@ -820,6 +889,8 @@ def read_picture(picture: Any) -> Image.Image:
         return to_rgb(picture)
     if not isinstance(picture, (str, bytes)):
         raise ValueError("there is no picture" if picture is None else f"a {kind_of(picture)} is no picture")
+    if isinstance(picture, str) and (len(picture) > 4000 or "://" in picture):
+        raise ValueError("a URL, not a picture: download it, by img2dataset say" if "://" in picture else "no path")
     with io.BytesIO(picture) if isinstance(picture, bytes) else open(picture, "rb") as file:
         try:
             with Image.open(file, formats=IMAGE_FORMATS) as image:
@@ -945,7 +1016,7 @@ class CaptionedImages(Dataset):
 
 def picture_name(picture: Any, row: int) -> str:
     name = picture.get("path") if isinstance(picture, dict) else picture
-    return name if isinstance(name, str) else f"row {row}"
+    return name if isinstance(name, str) and len(name) < 1000 else f"row {row}"
 
 
 def crop_to_square(image: Image.Image, size: int, position: tuple[float, float]) -> Image.Image:
@@ -983,6 +1054,9 @@ class StreamedImages(CaptionedImages):
 
     def pairs(self, lane: int, passes: float = math.inf) -> Iterator[tuple[Any, list[str]]]:
         """The lane's (unread picture, captions) pairs, without end; a damaged file costs what is left of it."""
+        from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+        WebDataset.DECODERS = {}  # one text that it cannot decode would cost all pairs of a tar that follow
         files, turn, barren = self.rows.num_shards, lane, 0
         while barren < files * self.parts and turn < passes * files * self.parts:
             epoch, at = divmod(turn, files * self.parts)
@@ -1028,7 +1102,7 @@ def tar_files(path: Path) -> list[str]:
     """The .tar files of a folder, or of a pattern with {00000..00009} in it."""
     pattern = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path))
     if path.is_dir():
-        files = sorted(str(file) for file in path.glob("*.tar"))
+        files = sorted(str(file) for kind in ("*.tar", "*.tar.gz", "*.tgz") for file in path.glob(kind))
     elif pattern:
         before, first, last, after = pattern.groups()
         files = [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
@@ -1037,7 +1111,11 @@ def tar_files(path: Path) -> list[str]:
     missing = [file for file in files if not os.path.isfile(file)]
     if missing or not files:
         problem = f"no {missing[0]}" if missing else "holds no .tar; a picture folder needs no --streaming"
-        raise UsageError(f"--train_data_dir {path}: {problem}")
+        below = sorted(file.parent for file in path.glob("*/*.tar")) if not missing else []
+        raise UsageError(f"--train_data_dir {path}: {f'the tars are in {below[0]}: give that' if below else problem}")
+    pointer = next(filter(is_lfs_pointer, files), None)
+    if pointer:
+        raise UsageError(f"{pointer} is a pointer of Git LFS, not the tar itself: git lfs pull brings it")
     return files
 
 
@@ -1127,15 +1205,10 @@ def load_rows(args: argparse.Namespace) -> tuple[Any, Columns]:
 
 
 def tar_feature(name: str) -> Any:
-    """What the datasets library makes of the members of a tar that are called so."""
+    """What the datasets library makes of the members of a tar that are called so; text stays bytes, as in `pairs`."""
     import datasets
 
-    extension = name.rpartition(".")[2]
-    if extension in IMAGE_COLUMNS:
-        return datasets.Image()
-    if extension in ("json", "jsn"):
-        return datasets.Json()
-    return datasets.Value("string" if extension in ("txt", "text", "transcript", "cls", "id", "index") else "binary")
+    return datasets.Image() if name.rpartition(".")[2].lower() in IMAGE_COLUMNS else datasets.Value("binary")
 
 
 def find_columns(features: dict[str, Any], args: argparse.Namespace) -> Columns:
@@ -1145,7 +1218,7 @@ def find_columns(features: dict[str, Any], args: argparse.Namespace) -> Columns:
         UsageError: there are none of these names.
     """
     pictures = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
-    images = [args.image_column] if args.image_column else [name for name in IMAGE_COLUMNS if name in features]
+    images = [args.image_column] if args.image_column else named(IMAGE_COLUMNS, features)
     images = images or (pictures if len(pictures) == 1 else [])
     captions = caption_columns(args.caption_column, features)
     for flag, name, found in (
@@ -1176,6 +1249,9 @@ def describe_captions(dataset: CaptionedImages, args: argparse.Namespace) -> Non
         f"captions of the {first}{len(pairs)} pairs: {missing} missing, "
         f"{longer} cut, being longer than the {length} tokens that the text encoder reads"
     )
+    for prompt in args.validation_prompts or []:
+        if len(dataset.tokenizer(prompt).input_ids) > length:
+            logger.warning(f"--validation_prompts: {prompt[:60]!r}... is longer than the {length} tokens that are read")
     for key in itertools.chain.from_iterable(dataset.micro_batches(range(16), args)):
         draws, (_, captions) = dataset.draws(*key), dataset.pair(key[1])
         if captions and not dataset.mirrored_and_emptied(draws)[1]:
@@ -1692,7 +1768,11 @@ def calibrate(
         generator = generator_for(args.seed, "calibration", number)
         noised = noise_pictures(pipeline, batch, (0, 1), 1, generator, accelerator)
         with accelerator.autocast():
-            noised.predict(student)
+            output = noised.predict(student)
+        for part, tensor in (("VAE", noised.latents), ("text encoder", noised.encoder_hidden_states), ("UNet", output)):
+            if not torch.isfinite(tensor).all():
+                remedy = "a VAE of fp16 may overflow: take one in fp32" if part == "VAE" else "copy its weights again"
+                raise UsageError(f"the checkpoint's {part} gives values that are not finite: {remedy}")
     if accelerator.num_processes > 1:
         for observer in observers(student):
             torch.distributed.all_reduce(observer.low, op=torch.distributed.ReduceOp.MIN)
@@ -2360,6 +2440,24 @@ def checksum(state_dict: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def command_to_paint(quant_model: Path, pipeline: Pipeline, args: argparse.Namespace) -> str:
+    """How to paint what was trained, with the flags that text2images.py needs for this checkpoint."""
+    script, checkpoint = Path(__file__).with_name("text2images.py"), Path(args.pretrained_model_name_or_path)
+    flags = [f"--{name}={value}" for name in ("variant", "revision", "cache_dir") if (value := getattr(args, name))]
+    if pipeline.unet.config.sample_size is None:
+        flags += [f"--height={args.resolution}", f"--width={args.resolution}"]
+    if checkpoint.is_dir():
+        index = json.loads((checkpoint / "model_index.json").read_text(encoding="utf-8-sig"))
+        parts = [part for part in ("safety_checker", "feature_extractor") if (index.get(part) or [None])[0]]
+        flags += ["--disable_safety_checker"] * any(not (checkpoint / part).is_dir() for part in parts)
+    try:
+        copy.deepcopy(pipeline.sampler).set_timesteps(50)  # the default
+    except Exception:
+        flags += ["--num_inference_steps=4"]
+    command = ["python", os.path.relpath(script), "-m", str(args.pretrained_model_name_or_path), "-qm"]
+    return shlex.join([*command, str(quant_model), *flags, "-c", "a caption"])
+
+
 def save_int8(trainer: Trainer, config: Int8Config, args: argparse.Namespace) -> Path:
     """Convert the student and write quant_model.pt, a plain dict that loads without running code (see README)."""
     student = trainer.student.to("cpu", memory_format=torch.contiguous_format)
@@ -2396,10 +2494,6 @@ def save_int8(trainer: Trainer, config: Int8Config, args: argparse.Namespace) ->
         raise TrainingError(f"{path} was not written ({reason_of(error)}); the last checkpoint is kept") from error
     size = path.stat().st_size
     logger.info(f"wrote {path}: {size / 1e6:.1f} MB, {size / fp32_bytes:.3f} of the fp32 UNet")
-    given = [f"--{name}={value}" for name in ("variant", "revision", "cache_dir") if (value := getattr(args, name))]
-    command = ["python", os.path.relpath(Path(__file__).with_name("text2images.py"))]
-    command += ["-m", args.pretrained_model_name_or_path, "-qm", str(path), *given, "-c", "a caption"]
-    logger.info(f"next: {shlex.join(command)}")
     return path
 
 
@@ -2445,7 +2539,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.init_trackers("text-to-image-qat")
     distill(trainer, teacher, pipeline, dataset, steps, accelerator, args)  # the training loop
     if accelerator.is_main_process:
-        save_int8(trainer, config, args)  # convert -> quant_model.pt
+        path = save_int8(trainer, config, args)  # convert -> quant_model.pt
+        logger.info(f"next: {command_to_paint(path, pipeline, args)}")
         if args.push_to_hub:
             push_to_hub(args)
     accelerator.end_training()
