@@ -145,7 +145,7 @@ def test_stream_of_nothing_but_damage_ends_with_a_sentence(tmp_path: Path) -> No
         ("{}", ["--image_column", "gif"], "--image_column gif is none of png, txt, json"),
         ("{}/{{00001..00009}}.tar", [], "no .*/00003.tar"),
         ("{}/nothing.tar", [], "no .*/nothing.tar"),
-        ("{}/..", [], "holds no .tar; a picture folder needs no --streaming"),
+        ("{}/..", [], "the tars are in .*pairs .*: give that"),
     ],
 )
 def test_streams_that_cannot_work_are_refused(tars: Path, source: str, flags: list[str], message: str) -> None:
