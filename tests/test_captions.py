@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -45,6 +46,13 @@ from test_train_text_to_image_qat import parse
         ({"text": ["a", "b"]}, ["a", "b"]),
         ({"caption": None}, []),
         ([{"caption": "a"}, {"text": "b"}], ["a", "b"]),
+        ('{"caption": "a", "url": "b"}', ["a"]),  # as tables hold it that were exported as text
+        ("['a', \"b's\"]", ["a", "b's"]),
+        ('["a", "b"]', ["a", "b"]),
+        ('{"url": "a"}', ['{"url": "a"}']),  # no caption in it: a text like any other
+        ("['a', 'b", ["['a', 'b"]),
+        ("[a photo] of a hill", ["[a photo] of a hill"]),
+        (b"h\xfcgel", ["h\u00fcgel"]),
     ],
 )
 def test_what_may_stand_in_the_place_of_a_caption(value: Any, captions: list[str]) -> None:
@@ -110,6 +118,42 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, row: dict, column: s
     with pytest.raises(trainer.UsageError, match=message) as refused:
         captions_in(tmp_path, column)
     assert "secret" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_name,text\na.jpg,a hill\nb.jpg,a hill, with trees\n", "row 2 has more fields than the header: put capt"),
+        ('file_name,text\na.jpg,"a hill"\nb.jpg,"a 5" hill"\n', "after row 1: .*; mend that row"),
+        ("file_name;text\na.jpg;a hill\n", "columns of a csv are parted by commas"),
+        ("file_name,text\n,\n", "row 1: no 'file_name' among"),
+    ],
+)
+def test_a_csv_that_would_lose_words_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(trainer.UsageError, match=message):
+        captions_in(tmp_path)
+
+
+def test_a_csv_with_spaces_before_its_quotes_and_absolute_names_inside_the_folder(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "metadata.csv").write_text(f'file_name,text\na.jpg, "a hill, 3"\n{tmp_path}/b.jpg,b\n')
+    assert captions_in(tmp_path) == ["a hill, 3", "b"]
+    monkeypatch.chdir(tmp_path.parent)
+    assert captions_in(Path(tmp_path.name)) == ["a hill, 3", "b"]
+
+
+@pytest.mark.parametrize(
+    ("data", "remedy"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull brings it"),
+        ("file_name".encode("utf-16"), "save it as UTF-8"),
+        (b'{"file_name": "a.jpg", "text": "h\xfcgel"}', "save it as UTF-8"),
+    ],
+)
+def test_metadata_in_another_encoding_or_not_there_at_all(tmp_path: Path, data: bytes, remedy: str) -> None:
+    (tmp_path / "metadata.jsonl").write_bytes(data)
+    with pytest.raises(trainer.UsageError, match=remedy):
+        captions_in(tmp_path)
 
 
 def test_another_caption_is_drawn_in_another_epoch_by_seed_and_row(data_dir: Path) -> None:
@@ -207,6 +251,33 @@ def tar_of(folder: Path, members: dict[str, Any]) -> Path:
 def test_tars_with_other_captions(tmp_path: Path, members: dict, flags: list[str], expected: str) -> None:
     found = read_stream(tar_of(tmp_path / "tars", members), *flags)
     assert found == {expected.replace("{n}", str(n)): 2 for n in range(8)}
+
+
+@pytest.mark.parametrize("spoil", [{"txt": b"h\xfcgel"}, {"json": b"{"}, {"json": b""}, {"json": b"[" * 9}])
+def test_a_tar_with_a_bad_member_loses_nothing_else(tmp_path: Path, spoil: dict[str, bytes]) -> None:
+    folder, content = tmp_path / "tars", {}
+    folder.mkdir()
+    for n in range(8):
+        members = {"jpg": picture(n, "JPEG"), "txt": f"txt {n}".encode(), "json": b'{"caption": "x"}'}
+        members |= spoil if n == 3 else {}
+        content |= {f"{n:05d}.{ending}": data for ending, data in members.items()}
+    write_tar(folder / "00000.tar", content)
+    third = "h\u00fcgel" if "txt" in spoil else "txt 3"
+    assert read_stream(folder) == {third if n == 3 else f"txt {n}": 2 for n in range(8)}
+
+
+def test_tars_in_capital_letters_compressed_one_level_down_or_as_pointers(tmp_path: Path) -> None:
+    (tmp_path / "upper").mkdir()
+    pairs = {f"{n}.{ending}": data for n in range(2) for ending, data in (("JPG", picture(n, "JPEG")), ("TXT", b"t"))}
+    write_tar(tmp_path / "upper/0.tar", pairs)
+    assert read_stream(tmp_path / "upper") == {"t": 16}
+    (tmp_path / "gz").mkdir()
+    (tmp_path / "gz/0.tar.gz").write_bytes(gzip.compress((tmp_path / "upper/0.tar").read_bytes()))
+    assert read_stream(tmp_path / "gz") == {"t": 16}
+    (tmp_path / "lfs").mkdir()
+    (tmp_path / "lfs/0.tar").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(trainer.UsageError, match="0.tar is a pointer of Git LFS"):
+        read_stream(tmp_path / "lfs")
 
 
 @pytest.mark.parametrize(
@@ -430,6 +501,8 @@ def test_a_sound_png_with_megabytes_of_text_is_used(megabytes: int) -> None:
         (None, "there is no picture"),
         ({"bytes": None, "path": None}, "there is no picture"),
         ([1, 2], "a list is no picture"),
+        ("https://example.org/a.jpg", "a URL, not a picture"),
+        ("/9j/" * 5000, "no path"),
     ],
 )
 def test_what_is_no_picture_is_named(data: Any, message: str) -> None:

@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModelWith
 
 import text2images
 import train_text_to_image_qat as trainer
-from conftest import SIZE, run_command, tiny_pipeline
+from conftest import ROOT, SIZE, run_command, tiny_pipeline
 
 BOTH = pytest.mark.parametrize("script", [trainer, text2images], ids=["train", "paint"])
 
@@ -153,6 +153,46 @@ def test_parts_that_do_not_fit_each_other_are_refused(script: ModuleType, tmp_pa
     inpainting = UNet2DConditionModel(**(dict(whole.unet.config) | {"in_channels": 9}))
     assert "takes and gives other numbers of channels" in refusal(script, save(tmp_path / "d", unet=inpainting))
     assert "CLIPTextModelWithProjection, makes [1, " in refusal(script, save(tmp_path / "c", text_encoder=projecting))
+
+
+@BOTH
+def test_a_tokenizer_that_lost_its_merges_or_its_length(script: ModuleType, tmp_path: Path) -> None:
+    folder = shutil.copytree(ROOT / "demo/tiny-stable-diffusion", tmp_path / "model")
+    edit(folder / "tokenizer/tokenizer_config.json", model_max_length=0)
+    assert load(script, folder, *(["--resolution", "64"] if script is trainer else [])).tokenizer.model_max_length == 77
+    tokenizer = json.loads((folder / "tokenizer/tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:20]
+    (folder / "tokenizer/tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "its tokenizer spells the words that it has" in refusal(script, folder)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("vae/config.json", {"scaling_factor": None}, "its VAE names no scaling_factor"),
+        ("unet/config.json", {"encoder_hid_dim_type": "text_image_proj"}, "more than a caption (encoder_hid_dim_type)"),
+        ("model_index.json", {"vae": "AutoencoderKL"}, "its vae is None"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    script: ModuleType, checkpoint: Path, part: str, changes: dict, message: str
+) -> None:
+    edit(checkpoint / part, **changes)
+    assert message in refusal(script, checkpoint)
+
+
+def test_weights_that_are_not_finite_end_the_calibration(train, checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for part, name in (("vae", "VAE"), ("text_encoder", "text encoder"), ("unet", "UNet")):
+        folder = shutil.copytree(checkpoint, tmp_path / part)
+        (file,) = (folder / part).glob("*.safetensors")
+        tensors = load_file(file)
+        save_file({key: tensor * float("nan") for key, tensor in tensors.items()}, file, {"format": "pt"})
+        with pytest.raises(trainer.UsageError, match=f"{name} gives values that are not finite"):
+            train(tmp_path / "out", "--pretrained_model_name_or_path", str(folder), "--max_train_steps", "0")
+        assert not (tmp_path / "out/quant_model.pt").exists()
 
 
 @BOTH
@@ -317,6 +357,17 @@ def test_the_printed_next_command_paints_what_was_trained(
     assert painted.returncode == 0 and list((tmp_path / "pictures").glob("*.png"))
 
 
+def test_the_next_command_names_what_the_checkpoint_does_not(train, checkpoint: Path, tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    edit(checkpoint / "unet/config.json", sample_size=None)
+    edit(checkpoint / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    train(tmp_path / "out", "--pretrained_model_name_or_path", str(checkpoint), "--max_train_steps", "0")
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("next: ")]
+    assert f"--height={SIZE} --width={SIZE} --disable_safety_checker" in line
+    flags = shlex.split(line.removeprefix("next: "))[2:]
+    text2images.main([*flags, "--num_inference_steps", "1", "--output_dir", str(tmp_path / "pictures")])
+
+
 # ---------------------------------------------------------------- samplers
 
 
@@ -370,11 +421,29 @@ def test_what_the_unet_was_trained_with_goes_over_and_nothing_else() -> None:
     assert not chosen(saved, "dpm++").config.thresholding and chosen(saved, "pndm").config.skip_prk_steps
 
 
+@pytest.mark.parametrize("choice", ["ddim", "pndm", "dpm++", "unipc"])
+def test_more_steps_than_the_sampler_has_are_refused(checkpoint: Path, choice: str) -> None:
+    message = refusal(text2images, checkpoint, "--scheduler", choice, "--num_inference_steps", "1000")
+    assert "--num_inference_steps 1000: " in message and "1000 timesteps, give fewer steps" in message
+
+
+def test_a_sampler_that_cannot_take_what_the_unet_predicts_is_refused(checkpoint: Path) -> None:
+    edit(checkpoint / "scheduler/scheduler_config.json", prediction_type="sample")
+    assert "PNDMScheduler cannot be used with this checkpoint" in refusal(text2images, checkpoint, "--scheduler", "pndm")
+    edit(checkpoint / "scheduler/scheduler_config.json", prediction_type="epsilon", beta_schedule="sigmoid")
+    edit(checkpoint / "model_index.json", scheduler=["diffusers", "DDPMScheduler"])
+    assert "--scheduler euler: sigmoid is not impl" in refusal(text2images, checkpoint, "--scheduler", "euler")
+
+
 def test_samplers_that_cannot_are_refused_in_one_line(checkpoint: Path) -> None:
     few = refusal(text2images, checkpoint, "--scheduler", "lcm", "--num_inference_steps", "51")
     assert "--num_inference_steps 51: " in few and "50" in few
     diffusers.EDMEulerScheduler().save_pretrained(checkpoint / "scheduler")
     edit(checkpoint / "model_index.json", scheduler=["diffusers", "EDMEulerScheduler"])
+    assert "has no betas" in refusal(text2images, checkpoint, "--scheduler", "ddim")
+    assert "has no betas" in refusal(trainer, checkpoint)
+    (checkpoint / "scheduler/scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
+    edit(checkpoint / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     assert "has no betas" in refusal(text2images, checkpoint, "--scheduler", "ddim")
     assert "has no betas" in refusal(trainer, checkpoint)
     diffusers.LCMScheduler(**BETAS, original_inference_steps=20).save_pretrained(checkpoint / "scheduler")

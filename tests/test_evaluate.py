@@ -293,6 +293,7 @@ def test_clip_model_that_is_not_there_is_named(tmp_path: Path) -> None:
         ('{"caption": "a capt', "line 3 is damaged or of another program"),
         ("[1]", "line 3 is damaged or of another program"),
         ("\xff\xfe", "line 3 is damaged or of another program"),
+        ('{"caption": ["x"], "seed": 1, "file": "1.png", "status": "ok"}', "line 3 is damaged or of another program"),
         ('{"caption": "x", "seed": 1}', r"line 3 is damaged or of another program \('file'\)"),
         ('{"caption": "x", "seed": 1, "file": "1.png", "status": "ok"}', r"of another program \(precision\)"),
     ],
