@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
 from skimage.metrics import structural_similarity
 
 MAX_PSNR = 99.0  # dB, for pictures that are equal to the bit: a mean cannot hold infinity
@@ -61,6 +62,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("candidates", type=Path, nargs="+", help="folders to compare with it")
     parser.add_argument("--output_dir", type=Path, help="for report.json and contact_sheet.png (default: last folder)")
     parser.add_argument("--min_psnr", type=float, help="exit with 1 where a candidate's mean PSNR is below so many dB")
+    text = (
+        "LPIPS' published weights in one .safetensors: conv0 to conv4 (.weight, .bias) of AlexNet, lin0.weight to lin4"
+    )
+    parser.add_argument("--lpips_weights", type=Path, metavar="FILE", help=text)
     text = f"CLIP for the CLIP score, a folder or hub id; by default {CLIP} if it is in the hub's cache"
     parser.add_argument("--clip_model", metavar="NAME", help=text)
     text = "fetch what LPIPS, FID and the CLIP score lack: 2 GB; without it nothing is downloaded"
@@ -192,6 +197,7 @@ def measure(folders: list[Folder], keys: list[tuple[str, int]]) -> None:
 # torchvision, which cannot be installed beside a CPU build of PyTorch. Tensors have the names of the published files.
 
 Weights = dict[str, torch.Tensor]
+ALEXNET_LAYERS = (0, 3, 6, 8, 10)  # its convolutions, as torchvision numbers them
 
 
 def hub_weights(url: str, download: bool, file_name: str | None = None) -> Weights | None:
@@ -208,6 +214,27 @@ def hub_weights(url: str, download: bool, file_name: str | None = None) -> Weigh
         raise UsageError(f"{name} in {torch.hub.get_dir()}/checkpoints: {reason}; delete it, or --download") from error
 
 
+def lpips_weights(path: Path | None, download: bool) -> tuple[Weights | None, Weights | None]:
+    """AlexNet and the heads: from one file, or from those of torch.hub's folder.
+
+    Raises:
+        UsageError: the file is none of safetensors, or holds other tensors.
+    """
+    if path is None:
+        return hub_weights(ALEXNET, download), hub_weights(LPIPS_HEADS, download, LPIPS_FILE)
+    try:
+        weights = load_file(path)
+        alexnet = {
+            f"features.{layer}.{part}": weights[f"conv{index}.{part}"]
+            for index, layer in enumerate(ALEXNET_LAYERS)
+            for part in ("weight", "bias")
+        }
+        return alexnet, {f"lin{index}.model.1.weight": weights[f"lin{index}.weight"] for index in range(5)}
+    except Exception as error:  # no such file, no safetensors, a missing tensor
+        reason = f"no tensor {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        raise UsageError(f"--lpips_weights {path}: {reason}; see --help for what it must hold") from error
+
+
 def to_tensor(picture: np.ndarray) -> torch.Tensor:
     """[H, W, 3] uint8 -> [1, 3, H, W] in -1..1."""
     return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -217,7 +244,7 @@ def alexnet_features(x: torch.Tensor, weights: Weights) -> list[torch.Tensor]:
     """The five ReLU outputs of AlexNet, each position scaled to length 1, for pictures in -1..1."""
     shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 1, 3, 1, 1)
     x, features = (x - shift) / scale, []
-    for layer, stride, padding in ((0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1)):
+    for layer, stride, padding in zip(ALEXNET_LAYERS, (4, 1, 1, 1, 1), (2, 2, 1, 1, 1)):
         x = F.max_pool2d(x, 3, 2) if layer in (3, 6) else x
         x = F.relu(F.conv2d(x, weights[f"features.{layer}.weight"], weights[f"features.{layer}.bias"], stride, padding))
         features.append(x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10))
@@ -335,7 +362,7 @@ def clip_score(name: str | None, download: bool) -> ClipScore | None:
 @torch.no_grad()
 def measure_with_networks(folders: list[Folder], keys: list[tuple[str, int]], args: argparse.Namespace) -> list[str]:
     """LPIPS and FID to the reference, CLIP score of every folder; returns the names of those that have no weights."""
-    alexnet, heads = hub_weights(ALEXNET, args.download), hub_weights(LPIPS_HEADS, args.download, LPIPS_FILE)
+    alexnet, heads = lpips_weights(args.lpips_weights, args.download)
     inception = hub_weights(INCEPTION, False, INCEPTION_FILE) or hub_weights(INCEPTION, args.download)
     clip = clip_score(args.clip_model, args.download)
     if alexnet and heads:

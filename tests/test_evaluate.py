@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 import evaluate
@@ -329,3 +330,29 @@ def test_a_folder_that_cannot_be_written_to_and_pictures_that_differ_in_clip_ski
     third = folder(tmp_path / "c", pictures(2), clip_skip=1)
     with pytest.raises(evaluate.UsageError, match="painted with clip_skip 1, not None"):
         evaluate.main([str(first), str(third)])
+
+
+def test_lpips_weights_in_one_file_are_those_of_the_two(networks: Path, tmp_path: Path, capsys) -> None:
+    alexnet, heads = evaluate.lpips_weights(None, download=True)
+    tensors = {f"conv{i}.{part}": alexnet[f"features.{layer}.{part}"].clone()
+               for i, layer in enumerate((0, 3, 6, 8, 10)) for part in ("weight", "bias")}  # fmt: skip
+    tensors |= {f"lin{i}.weight": heads[f"lin{i}.model.1.weight"].clone() for i in range(5)}
+    save_file(tensors, tmp_path / "lpips.safetensors")
+    ours = evaluate.lpips_weights(tmp_path / "lpips.safetensors", download=False)
+    for mine, theirs in zip(ours, (alexnet, heads)):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    first, second = folder(tmp_path / "a", pictures(2, edge=64)), folder(tmp_path / "b", pictures(2, 9, edge=64))
+    evaluate.main([str(first), str(second), "--lpips_weights", str(tmp_path / "lpips.safetensors")])
+    assert "LPIPS |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoil", ["gone", "text", "other"])
+def test_lpips_weights_that_cannot_be_used_are_refused(tmp_path: Path, spoil: str) -> None:
+    file = tmp_path / "lpips.safetensors"
+    if spoil == "text":
+        file.write_text("no tensors")
+    if spoil == "other":
+        save_file({"conv0.weight": torch.zeros(1)}, file)
+    folders = [str(folder(tmp_path / name, pictures(1))) for name in "ab"]
+    with pytest.raises(evaluate.UsageError, match=f"--lpips_weights {file}: .*see --help"):
+        evaluate.main([*folders, "--lpips_weights", str(file)])
