@@ -429,7 +429,8 @@ def test_more_steps_than_the_sampler_has_are_refused(checkpoint: Path, choice: s
 
 def test_a_sampler_that_cannot_take_what_the_unet_predicts_is_refused(checkpoint: Path) -> None:
     edit(checkpoint / "scheduler/scheduler_config.json", prediction_type="sample")
-    assert "PNDMScheduler cannot be used with this checkpoint" in refusal(text2images, checkpoint, "--scheduler", "pndm")
+    refused = refusal(text2images, checkpoint, "--scheduler", "pndm")
+    assert "PNDMScheduler cannot be used with this checkpoint" in refused
     edit(checkpoint / "scheduler/scheduler_config.json", prediction_type="epsilon", beta_schedule="sigmoid")
     edit(checkpoint / "model_index.json", scheduler=["diffusers", "DDPMScheduler"])
     assert "--scheduler euler: sigmoid is not impl" in refusal(text2images, checkpoint, "--scheduler", "euler")
