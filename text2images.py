@@ -1036,7 +1036,7 @@ def try_scheduler(scheduler: Any, args: argparse.Namespace) -> None:
         tried.set_timesteps(steps)
     except Exception as error:
         raise UsageError(f"--num_inference_steps {steps}: {kind} does not take them ({first_line(error)})") from error
-    trained = tried.config.num_train_timesteps
+    trained = tried.config.get("num_train_timesteps") or math.inf
     if max(tried.timesteps.tolist()) >= trained or steps >= trained:
         raise UsageError(f"--num_inference_steps {steps}: {kind} has {trained} timesteps, give fewer steps")
     try:
