@@ -1760,7 +1760,7 @@ def calibrate(
     numbers = range(accelerator.process_index, args.calibration_steps, accelerator.num_processes)
     keys = dataset.micro_batches(numbers, args)
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=args.dataloader_num_workers)
-    watch = Watch(dataset.remedy)
+    watch, finite = Watch(dataset.remedy), {"VAE": 0, "text encoder": 0, "UNet": 0}  # batches
     set_mode(student, "observe")
     progress = tqdm(loader, desc="calibrate", total=len(numbers), disable=not accelerator.is_main_process)
     for number, batch in zip(numbers, progress):
@@ -1770,9 +1770,11 @@ def calibrate(
         with accelerator.autocast():
             output = noised.predict(student)
         for part, tensor in (("VAE", noised.latents), ("text encoder", noised.encoder_hidden_states), ("UNet", output)):
-            if not torch.isfinite(tensor).all():
-                remedy = "a VAE of fp16 may overflow: take one in fp32" if part == "VAE" else "copy its weights again"
-                raise UsageError(f"the checkpoint's {part} gives values that are not finite: {remedy}")
+            finite[part] += bool(torch.isfinite(tensor).all())
+    for part, count in finite.items():
+        if not count and len(numbers):  # single batches may be odd, and enter no range
+            remedy = "a VAE of fp16 may overflow: take one in fp32" if part == "VAE" else "copy its weights again"
+            raise UsageError(f"the checkpoint's {part} gives values that are not finite: {remedy}")
     if accelerator.num_processes > 1:
         for observer in observers(student):
             torch.distributed.all_reduce(observer.low, op=torch.distributed.ReduceOp.MIN)
