@@ -469,7 +469,11 @@ def read_quant_model(path: Path) -> dict[str, Any]:
     except PermissionError as error:
         raise UsageError(f"-qm {path}: {error.strerror}; change its rights") from error
     except Exception as error:  # the readers fail in many ways on a file that is cut short or not a zip archive
-        raise UsageError(f"-qm {path}: damaged or not a quant_model.pt; copy or train it again") from error
+        problem = "damaged or not a quant_model.pt; copy or train it again"
+        with open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                problem = "a pointer of Git LFS, not the file itself: git lfs pull brings it"
+        raise UsageError(f"-qm {path}: {problem}") from error
     if "torch._utils _rebuild_qtensor" in foreign:
         raise UsageError(f"-qm {path}: {NOT_OURS}")
     if foreign:

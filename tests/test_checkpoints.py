@@ -563,6 +563,11 @@ def test_words_that_the_text_encoder_does_not_read_are_named(model_dir: Path, tm
     assert "reads 77 of 82 tokens" in told[1] and told[1].endswith(f"{'n' * 5!r}")
 
 
+def test_a_quant_model_that_is_a_pointer_of_git_lfs_is_named_as_such(model_dir: Path, tmp_path: Path) -> None:
+    make_pointer(tmp_path / "quant_model.pt")
+    assert "a pointer of Git LFS, not the file itself" in refusal(text2images, model_dir, "-qm", str(tmp_path))
+
+
 def test_an_output_dir_that_cannot_be_made_is_refused(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     paint_flags = ["-m", model_dir, "-c", "a", "--output_dir", tmp_path / "file/below"]
