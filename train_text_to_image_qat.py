@@ -1772,7 +1772,7 @@ def calibrate(
         for part, tensor in (("VAE", noised.latents), ("text encoder", noised.encoder_hidden_states), ("UNet", output)):
             finite[part] += bool(torch.isfinite(tensor).all())
     for part, count in finite.items():
-        if not count and len(numbers):  # single batches may be odd, and enter no range
+        if not count and watch.samples:  # single batches may be odd, and enter no range
             remedy = "a VAE of fp16 may overflow: take one in fp32" if part == "VAE" else "copy its weights again"
             raise UsageError(f"the checkpoint's {part} gives values that are not finite: {remedy}")
     if accelerator.num_processes > 1:
