@@ -1762,8 +1762,9 @@ def calibrate(
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=args.dataloader_num_workers)
     watch, finite = Watch(dataset.remedy), {"VAE": 0, "text encoder": 0, "UNet": 0}  # batches
     set_mode(student, "observe")
-    progress = tqdm(loader, desc="calibrate", total=len(numbers), disable=not accelerator.is_main_process)
-    for number, batch in zip(numbers, progress):
+    # not tqdm(loader): it asks for an iterator twice, and the keys of a stream come once
+    progress = tqdm(total=len(numbers), desc="calibrate", disable=not accelerator.is_main_process)
+    for number, batch in zip(numbers, loader):
         watch.note({}, batch)
         generator = generator_for(args.seed, "calibration", number)
         noised = noise_pictures(pipeline, batch, (0, 1), 1, generator, accelerator)
@@ -1771,6 +1772,8 @@ def calibrate(
             output = noised.predict(student)
         for part, tensor in (("VAE", noised.latents), ("text encoder", noised.encoder_hidden_states), ("UNet", output)):
             finite[part] += bool(torch.isfinite(tensor).all())
+        progress.update()
+    progress.close()
     for part, count in finite.items():
         if not count and watch.samples:  # single batches may be odd, and enter no range
             remedy = "a VAE of fp16 may overflow: take one in fp32" if part == "VAE" else "copy its weights again"

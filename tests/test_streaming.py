@@ -192,6 +192,23 @@ def test_resumed_stream_ends_with_the_same_bits(train, tars: Path, tmp_path: Pat
         train(tmp_path / "other", *resume, "--dataloader_num_workers", "3")
 
 
+@pytest.mark.parametrize("workers", ["0", "1", "3"])
+def test_calibration_sees_every_batch_that_it_asks_for(train, tars: Path, tmp_path: Path, monkeypatch, workers) -> None:
+    numbers, noise = [], trainer.noise_pictures
+
+    def noted(pipeline, batch, part, power, generator, accelerator) -> trainer.Noised:
+        numbers.append((power, generator.initial_seed(), len(batch["pixel_values"])))
+        return noise(pipeline, batch, part, power, generator, accelerator)
+
+    monkeypatch.setattr(trainer, "noise_pictures", noted)
+    flags = ["--train_data_dir", str(tars), "--streaming", "--max_train_steps", "0", "--calibration_steps", "5"]
+    saved = train(tmp_path, *flags, "--dataloader_num_workers", workers)
+    seeds = [trainer.generator_for(0, "calibration", number).initial_seed() for number in range(5)]
+    assert numbers == [(1, seed, 2) for seed in seeds]
+    scales = [tensor for name, tensor in saved["state_dict"].items() if name.endswith("input_scale")]
+    assert min(scales).item() > 1e-5  # 1e-8 / 255 where nothing was seen
+
+
 def test_metadata_of_100000_pictures_is_read_in_seconds(tmp_path: Path) -> None:
     """And the first batch is known; the pictures are not looked at, as there are none."""
     with open(tmp_path / "metadata.jsonl", "w", encoding="utf-8") as file:
