@@ -75,6 +75,9 @@ SAMPLER_SETTINGS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offs
 # Pipelines of the same parts; a checkpoint may have been saved by any of them.
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline")
 VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE")
+LFS_START = b"version https://git-lfs"
+LFS_POINTER = "a pointer of Git LFS, not the file itself: git lfs pull brings it"
+SINGLE_FILES = (".safetensors", ".ckpt")  # whole checkpoints, which are not read
 # A tokenizer gives some of these different ids, unless it has lost its vocabulary.
 TEST_WORDS = ["cat", "house", "sky", "water", "кот", "небо", "家", "空", "水", "集"]
 MAX_NAME_BYTES = 150  # of the caption in a file name; file systems allow 255 for the whole
@@ -469,10 +472,8 @@ def read_quant_model(path: Path) -> dict[str, Any]:
     except PermissionError as error:
         raise UsageError(f"-qm {path}: {error.strerror}; change its rights") from error
     except Exception as error:  # the readers fail in many ways on a file that is cut short or not a zip archive
-        problem = "damaged or not a quant_model.pt; copy or train it again"
-        with open(path, "rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                problem = "a pointer of Git LFS, not the file itself: git lfs pull brings it"
+        damaged = "damaged or not a quant_model.pt; copy or train it again"
+        problem = LFS_POINTER if is_lfs_pointer(path) else damaged
         raise UsageError(f"-qm {path}: {problem}") from error
     if "torch._utils _rebuild_qtensor" in foreign:
         raise UsageError(f"-qm {path}: {NOT_OURS}")
@@ -779,21 +780,22 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
         logger.info(f"{args.pretrained_model_name_or_path} has left the hub; using its copy {name}")
     index = load_index(name, args)
     unet_config = load_unet_config(name, args)
-    names = ("tokenizer", "text_encoder", "vae", "scheduler")
-    parts = {part: load_part(name, index, part, args, dtype) for part in names}
-    check_parts(parts["tokenizer"], parts["text_encoder"], parts["vae"], unet_config, name)
     if args.quantized_model_name_or_path is not None:
         payload = read_quant_model(args.quantized_model_name_or_path)
         check_architecture(payload, unet_config, name)
+    names = ("tokenizer", "text_encoder", "vae", "scheduler")
+    parts = {part: load_part(name, index, part, args, dtype) for part in names}
+    check_parts(parts["tokenizer"], parts["text_encoder"], parts["vae"], unet_config, name)
+    check_clip_skip(parts["text_encoder"], args)
+    parts["scheduler"] = choose_scheduler(parts["scheduler"], args)
+    if args.quantized_model_name_or_path is not None:
         parts["unet"] = build_int8_unet(payload, dtype, device)
         del payload
     else:
         parts["unet"] = load_part(name, index, "unet", args, dtype).to(memory_format=torch.channels_last)
-    parts["scheduler"] = choose_scheduler(parts["scheduler"], args)
     parts["vae"].to(memory_format=torch.channels_last)
     pipeline = add_safety_checker(name, index, parts, dtype, args)
     pipeline.unet.register_to_config(sample_size=size_made_for(unet_config))  # int8 and fp32 alike
-    check_clip_skip(pipeline.text_encoder, args)
     pipeline._guidance_scale = args.guidance_scale  # for guidance_doubles
     if pairs_guidance(pipeline, args):
         pair_guidance(pipeline.unet)
@@ -816,8 +818,7 @@ def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
     folder = Path(name)
     if "://" in name:
         raise UsageError(f"--pretrained_model_name_or_path {name}: give a hub id such as owner/model, or a folder")
-    single = folder.suffix in (".safetensors", ".ckpt")
-    if (folder.exists() or single) and not (folder / "model_index.json").is_file():
+    if (folder.exists() or folder.suffix in SINGLE_FILES) and not (folder / "model_index.json").is_file():
         raise UsageError(f"--pretrained_model_name_or_path {name}: {no_checkpoint(folder)}")
     if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UsageError(f"--pretrained_model_name_or_path {name}: no such folder, and no hub id such as owner/model")
@@ -836,15 +837,14 @@ def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def no_checkpoint(path: Path) -> str:
     """Why there is no model_index.json at the path, and what to give instead."""
-    single = ("*.safetensors", "*.ckpt")
-    files = sorted(file for kind in single for file in path.glob(kind)) if path.is_dir() else [path]
+    single = [file for file in (sorted(path.glob("*")) if path.is_dir() else [path]) if file.suffix in SINGLE_FILES]
     nested = [file.parent for below in ("*", "snapshots/*") for file in path.glob(f"{below}/model_index.json")]
     if nested:
         return f"the checkpoint is one level down: give {nested[0]}"
     if (path.parent / "model_index.json").is_file():
         return f"a part of a checkpoint: give the whole, {path.parent}"
-    if any(file.suffix in (".safetensors", ".ckpt") for file in files):
-        convert = f"P.from_single_file('{files[0]}').save_pretrained('FOLDER')"
+    if single:
+        convert = f"P.from_single_file('{single[0]}').save_pretrained('FOLDER')"
         return (
             "a single file is not read; make a diffusers folder of it, and give that: "
             f'python -c "from diffusers import StableDiffusionPipeline as P; {convert}"'
@@ -895,6 +895,11 @@ def variants(folder: Path) -> set[str | None]:
     return {match[1] for match in (re.fullmatch(pattern, name) for name in names) if match}
 
 
+def is_lfs_pointer(path: str | Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(40).startswith(LFS_START)
+
+
 def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseException) -> str:
     """Why a part could not be loaded, and what to do about it; libraries name neither the part nor the remedy."""
     folder = checkpoint / part
@@ -903,11 +908,9 @@ def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseEx
     if not folder.is_dir():
         return f"it has no folder {part}: copy the whole checkpoint"
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        with open(file, "rb") as opened:
-            head = opened.read(40)
-        if head.startswith(b"version https://git-lfs"):
-            return f"{part}/{file.name} is a pointer of Git LFS, not the file itself: git lfs pull brings it"
-        if not head:
+        if is_lfs_pointer(file):
+            return f"{part}/{file.name} is {LFS_POINTER}"
+        if not file.stat().st_size:
             return f"{part}/{file.name} is empty: copy it again"
     there = variants(folder)
     if part not in ("tokenizer", "scheduler") and (folder / "config.json").is_file() and not there & {variant, None}:
@@ -945,15 +948,16 @@ def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[s
     Raises:
         UsageError: they do not, or the tokenizer has lost its vocabulary.
     """
-    own = [token for token in list(tokenizer.get_vocab())[:1000] if token not in tokenizer.all_special_tokens]
+    vocabulary = tokenizer.get_vocab()
+    own = [token for token in list(vocabulary)[:1000] if token not in tokenizer.all_special_tokens]
     if tokenizer.pad_token is None:
         raise UsageError(f"{name}: its tokenizer has no pad_token, which tokenizer/tokenizer_config.json must name")
     if len({frozenset(ids) for ids in tokenizer(TEST_WORDS + own).input_ids}) == 1:
         raise UsageError(f"{name}: its tokenizer knows no words: copy the folder tokenizer with its vocabulary again")
-    words = [token[:-4] for token in tokenizer.get_vocab() if re.fullmatch("[a-z]{3,}</w>", token)][:1000]
+    words = [token[:-4] for token in vocabulary if re.fullmatch("[a-z]{3,}</w>", token)][:1000]
     if words and sum(len(ids) > 1 for ids in tokenizer(words, add_special_tokens=False).input_ids) > len(words) / 2:
         raise UsageError(f"{name}: its tokenizer spells the words that it has: copy tokenizer/merges.txt again")
-    highest, readable = max(tokenizer.get_vocab().values()), text_encoder.get_input_embeddings().num_embeddings
+    highest, readable = max(vocabulary.values()), text_encoder.get_input_embeddings().num_embeddings
     if highest >= readable:
         raise UsageError(
             f"{name}: its tokenizer has ids up to {highest}, its text encoder reads {readable} of them: they are of "

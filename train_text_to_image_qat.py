@@ -318,12 +318,10 @@ def choose_precision(args: argparse.Namespace) -> str:
 
 def unet_size(args: argparse.Namespace) -> int:
     """Parameters of the checkpoint's UNet, counted without loading them; 0 where `load_pipeline` will find no UNet."""
-    options = {"revision": args.revision, "cache_dir": args.cache_dir}
     try:
-        config = UNet2DConditionModel.load_config(checkpoint_name(args), subfolder="unet", **options)
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(config)
-    except Exception:
+            unet = UNet2DConditionModel.from_config(load_unet_config(checkpoint_name(args), args))
+    except Exception:  # what is wrong with it, load_pipeline will say
         return 0
     return sum(parameter.numel() for parameter in unet.parameters())
 
@@ -389,6 +387,9 @@ def generator_for(seed: int, *key: Any) -> torch.Generator:
 # Pipelines of the same parts; a checkpoint may have been saved by any of them.
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline")
 VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE")
+LFS_START = b"version https://git-lfs"
+LFS_POINTER = "a pointer of Git LFS, not the file itself: git lfs pull brings it"
+SINGLE_FILES = (".safetensors", ".ckpt")  # whole checkpoints, which are not read
 # A tokenizer gives some of these different ids, unless it has lost its vocabulary.
 TEST_WORDS = ["cat", "house", "sky", "water", "кот", "небо", "家", "空", "水", "集"]
 
@@ -423,7 +424,6 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Pipelin
         logger.info(f"{args.pretrained_model_name_or_path} has left the hub; using its copy {name}")
     index = load_index(name, args)
     unet_config = load_unet_config(name, args)
-    unet = load_part(name, index, "unet", args)
     sampler = load_part(name, index, "scheduler", args)
     if args.validation_prompts:
         try:  # an LCM sampler, say, may not have as many
@@ -433,23 +433,18 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Pipelin
             raise UsageError(f"--validation_prompts: {problem} ({first_line(error)}); leave it out") from error
     if not has_betas(sampler):
         raise UsageError(f"{name}: its scheduler, {type(sampler).__name__}, has no betas to noise pictures by")
-    pipeline = Pipeline(
-        tokenizer=load_part(name, index, "tokenizer", args),
-        text_encoder=load_part(name, index, "text_encoder", args),
-        vae=load_part(name, index, "vae", args),
-        unet=unet,
-        noise_scheduler=DDPMScheduler.from_config(sampler.config),
-        sampler=sampler,
-    )
-    check_parts(pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, unet_config, name)
-    if pipeline.noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise UsageError(f"{name}: unknown prediction type {pipeline.noise_scheduler.config.prediction_type}")
-    pixels = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    noise_scheduler = DDPMScheduler.from_config(sampler.config)
+    if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise UsageError(f"{name}: unknown prediction type {noise_scheduler.config.prediction_type}")
+    tokenizer, text_encoder, vae = (load_part(name, index, part, args) for part in ("tokenizer", "text_encoder", "vae"))
+    check_parts(tokenizer, text_encoder, vae, unet_config, name)
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1)
     if args.resolution % pixels:
         raise UsageError(f"--resolution {args.resolution}: the VAE of {name} needs a multiple of {pixels}")
-    pipeline.text_encoder.requires_grad_(False).to(accelerator.device)
-    pipeline.vae.requires_grad_(False).to(accelerator.device, memory_format=torch.channels_last)
-    return pipeline
+    text_encoder.requires_grad_(False).to(accelerator.device)
+    vae.requires_grad_(False).to(accelerator.device, memory_format=torch.channels_last)
+    unet = load_part(name, index, "unet", args)  # the largest, once all else is known to fit
+    return Pipeline(tokenizer, text_encoder, vae, unet, noise_scheduler, sampler)
 
 
 def has_betas(scheduler: Any) -> bool:
@@ -464,8 +459,7 @@ def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
     folder = Path(name)
     if "://" in name:
         raise UsageError(f"--pretrained_model_name_or_path {name}: give a hub id such as owner/model, or a folder")
-    single = folder.suffix in (".safetensors", ".ckpt")
-    if (folder.exists() or single) and not (folder / "model_index.json").is_file():
+    if (folder.exists() or folder.suffix in SINGLE_FILES) and not (folder / "model_index.json").is_file():
         raise UsageError(f"--pretrained_model_name_or_path {name}: {no_checkpoint(folder)}")
     if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UsageError(f"--pretrained_model_name_or_path {name}: no such folder, and no hub id such as owner/model")
@@ -484,15 +478,14 @@ def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def no_checkpoint(path: Path) -> str:
     """Why there is no model_index.json at the path, and what to give instead."""
-    single = ("*.safetensors", "*.ckpt")
-    files = sorted(file for kind in single for file in path.glob(kind)) if path.is_dir() else [path]
+    single = [file for file in (sorted(path.glob("*")) if path.is_dir() else [path]) if file.suffix in SINGLE_FILES]
     nested = [file.parent for below in ("*", "snapshots/*") for file in path.glob(f"{below}/model_index.json")]
     if nested:
         return f"the checkpoint is one level down: give {nested[0]}"
     if (path.parent / "model_index.json").is_file():
         return f"a part of a checkpoint: give the whole, {path.parent}"
-    if any(file.suffix in (".safetensors", ".ckpt") for file in files):
-        convert = f"P.from_single_file('{files[0]}').save_pretrained('FOLDER')"
+    if single:
+        convert = f"P.from_single_file('{single[0]}').save_pretrained('FOLDER')"
         return (
             "a single file is not read; make a diffusers folder of it, and give that: "
             f'python -c "from diffusers import StableDiffusionPipeline as P; {convert}"'
@@ -543,6 +536,11 @@ def variants(folder: Path) -> set[str | None]:
     return {match[1] for match in (re.fullmatch(pattern, name) for name in names) if match}
 
 
+def is_lfs_pointer(path: str | Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(40).startswith(LFS_START)
+
+
 def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseException) -> str:
     """Why a part could not be loaded, and what to do about it; libraries name neither the part nor the remedy."""
     folder = checkpoint / part
@@ -551,11 +549,9 @@ def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseEx
     if not folder.is_dir():
         return f"it has no folder {part}: copy the whole checkpoint"
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        with open(file, "rb") as opened:
-            head = opened.read(40)
-        if head.startswith(b"version https://git-lfs"):
-            return f"{part}/{file.name} is a pointer of Git LFS, not the file itself: git lfs pull brings it"
-        if not head:
+        if is_lfs_pointer(file):
+            return f"{part}/{file.name} is {LFS_POINTER}"
+        if not file.stat().st_size:
             return f"{part}/{file.name} is empty: copy it again"
     there = variants(folder)
     if part not in ("tokenizer", "scheduler") and (folder / "config.json").is_file() and not there & {variant, None}:
@@ -593,15 +589,16 @@ def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[s
     Raises:
         UsageError: they do not, or the tokenizer has lost its vocabulary.
     """
-    own = [token for token in list(tokenizer.get_vocab())[:1000] if token not in tokenizer.all_special_tokens]
+    vocabulary = tokenizer.get_vocab()
+    own = [token for token in list(vocabulary)[:1000] if token not in tokenizer.all_special_tokens]
     if tokenizer.pad_token is None:
         raise UsageError(f"{name}: its tokenizer has no pad_token, which tokenizer/tokenizer_config.json must name")
     if len({frozenset(ids) for ids in tokenizer(TEST_WORDS + own).input_ids}) == 1:
         raise UsageError(f"{name}: its tokenizer knows no words: copy the folder tokenizer with its vocabulary again")
-    words = [token[:-4] for token in tokenizer.get_vocab() if re.fullmatch("[a-z]{3,}</w>", token)][:1000]
+    words = [token[:-4] for token in vocabulary if re.fullmatch("[a-z]{3,}</w>", token)][:1000]
     if words and sum(len(ids) > 1 for ids in tokenizer(words, add_special_tokens=False).input_ids) > len(words) / 2:
         raise UsageError(f"{name}: its tokenizer spells the words that it has: copy tokenizer/merges.txt again")
-    highest, readable = max(tokenizer.get_vocab().values()), text_encoder.get_input_embeddings().num_embeddings
+    highest, readable = max(vocabulary.values()), text_encoder.get_input_embeddings().num_embeddings
     if highest >= readable:
         raise UsageError(
             f"{name}: its tokenizer has ids up to {highest}, its text encoder reads {readable} of them: they are of "
@@ -715,6 +712,15 @@ def read_literal(text: str) -> list | dict | None:
     return None
 
 
+def read_json(data: bytes) -> Any:
+    """A member of a tar; None where it is empty or damaged: a pair without a caption."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return None if value == {} else value
+
+
 @dataclass
 class Columns:
     """Where a dataset has pictures and captions: the first column that has one counts. COLUMN.KEY is a dict's entry."""
@@ -737,10 +743,7 @@ class Columns:
             column, _, key = (name, "", "") if name in row else name.partition(".")
             value = row.get(column)
             if isinstance(value, bytes) and column.lower().endswith("json"):  # of a tar
-                with contextlib.suppress(ValueError, RecursionError):  # damaged: a pair without a caption
-                    value = json.loads(value)
-                value = None if isinstance(value, (bytes, list)) and not value or value == {} else value
-                value = None if isinstance(value, bytes) else value
+                value = read_json(value)
             try:
                 if key:
                     value = [item[key] for item in value] if isinstance(value, list) else (value or {})[key]
@@ -803,11 +806,6 @@ def instead_of_metadata(folder: Path) -> str:
     return f"run python create_metadata.py --image_path {shlex.quote(str(folder))}"
 
 
-def is_lfs_pointer(path: str | Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(40).startswith(b"version https://git-lfs")
-
-
 def metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of JSON lines, a JSON array, CSV or Parquet."""
     if path.suffix == ".parquet":
@@ -863,7 +861,7 @@ def read_metadata(folder: Path, image_column: str, caption_column: str) -> list[
         written = (folder / ".create_metadata.sha256").is_file()
         remedy = "write it again with create_metadata.py --overwrite" if written else "mend that row"
         if is_lfs_pointer(path):
-            remedy = "it is a pointer of Git LFS, not the file itself: git lfs pull brings it"
+            remedy = f"it is {LFS_POINTER}"
         elif isinstance(error, UnicodeDecodeError):
             remedy = "save it as UTF-8"
         raise UsageError(f"{path}, after row {number}: {first_line(error)}; {remedy}") from error
@@ -906,8 +904,8 @@ def unread_format(head: bytes) -> str:
         return "a HEIC picture, which is read where pillow-heif is installed"
     if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return "a JPEG XL picture, which is not read: convert it"
-    if head.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, not the picture itself: git lfs pull brings it"
+    if head.startswith(LFS_START):
+        return LFS_POINTER
     return "no picture in a format that is read" if head else "an empty file"
 
 
@@ -1054,9 +1052,6 @@ class StreamedImages(CaptionedImages):
 
     def pairs(self, lane: int, passes: float = math.inf) -> Iterator[tuple[Any, list[str]]]:
         """The lane's (unread picture, captions) pairs, without end; a damaged file costs what is left of it."""
-        from datasets.packaged_modules.webdataset.webdataset import WebDataset
-
-        WebDataset.DECODERS = {}  # one text that it cannot decode would cost all pairs of a tar that follow
         files, turn, barren = self.rows.num_shards, lane, 0
         while barren < files * self.parts and turn < passes * files * self.parts:
             epoch, at = divmod(turn, files * self.parts)
@@ -1115,7 +1110,7 @@ def tar_files(path: Path) -> list[str]:
         raise UsageError(f"--train_data_dir {path}: {f'the tars are in {below[0]}: give that' if below else problem}")
     pointer = next(filter(is_lfs_pointer, files), None)
     if pointer:
-        raise UsageError(f"{pointer} is a pointer of Git LFS, not the tar itself: git lfs pull brings it")
+        raise UsageError(f"{pointer} is {LFS_POINTER}")
     return files
 
 
@@ -1169,6 +1164,7 @@ def is_saved_dataset(folder: Path) -> bool:
 def load_rows(args: argparse.Namespace) -> tuple[Any, Columns]:
     """A dataset of the datasets library, pictures unread, and where in it pictures and captions are."""
     import datasets  # only here: a folder needs none of it
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     source = args.dataset_name or str(args.train_data_dir)
     given = f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}"
@@ -1179,6 +1175,8 @@ def load_rows(args: argparse.Namespace) -> tuple[Any, Columns]:
         columns = find_columns(dict.fromkeys(names), args) if names else Columns(["jpg"], ["txt"])  # read, it will say
         # named here, the columns are not guessed from the first pairs, which may lack one
         options["features"] = datasets.Features({name: tar_feature(name) for name in columns.names(names)})
+        # one text that the library could not decode would cost all pairs of the tar that follow
+        WebDataset.DECODERS = {}
         options["data_files"] = {"train": [glob.escape(file) for file in files]}
         source = "webdataset"
     try:
@@ -1205,7 +1203,7 @@ def load_rows(args: argparse.Namespace) -> tuple[Any, Columns]:
 
 
 def tar_feature(name: str) -> Any:
-    """What the datasets library makes of the members of a tar that are called so; text stays bytes, as in `pairs`."""
+    """What the datasets library makes of the members of a tar that are called so; text stays bytes."""
     import datasets
 
     return datasets.Image() if name.rpartition(".")[2].lower() in IMAGE_COLUMNS else datasets.Value("binary")

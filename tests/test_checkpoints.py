@@ -78,9 +78,9 @@ def save(folder: Path, **parts: Any) -> Path:
 
 def test_both_scripts_load_a_checkpoint_by_the_same_lines() -> None:
     names = "checkpoint_name load_index no_checkpoint load_part variants part_problem load_unet_config check_parts"
-    for name in [*names.split(), "first_line", "has_betas"]:
+    for name in [*names.split(), "first_line", "has_betas", "is_lfs_pointer"]:
         assert inspect.getsource(getattr(trainer, name)) == inspect.getsource(getattr(text2images, name)), name
-    for name in ("PIPELINES", "VAES", "TEST_WORDS"):
+    for name in ("PIPELINES", "VAES", "TEST_WORDS", "SINGLE_FILES", "LFS_START", "LFS_POINTER"):
         assert getattr(trainer, name) == getattr(text2images, name)
 
 
