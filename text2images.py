@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import hashlib
 import inspect
 import json
 import logging
 import math
+import mmap
 import os
 import pickletools
 import re
@@ -28,10 +28,11 @@ import reprlib
 import shutil
 import struct
 import sys
+import tempfile
 import time
 import warnings
-import weakref
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,12 @@ for library in ("torchao", "torch.utils._pytree"):
     logging.getLogger(library).setLevel(logging.ERROR)
 
 import diffusers
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers import ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
@@ -117,8 +116,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "of all that is not int8; auto: float32 with the full-precision UNet, around int8 bfloat16 where the CPU has it"
     )
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help=text)
-    text = "compile the UNet first: minutes for each new size or batch, seconds once that is cached, then faster steps"
-    add("--compile", action="store_true", help=text)
+    text = "what runs the int8 UNet; torch: in float, at float speed; auto: OpenVINO, but torch where CUDA is there"
+    add("--engine", choices=["auto", "openvino", "torch"], default="auto", help=text)
+    add("--device", default="CPU", help="OpenVINO's name of the device that runs the int8 UNet: CPU, GPU, GPU.1, ...")
+    text = "also write all as OpenVINO models, for OpenVINO GenAI (Python, C++) and optimum-intel; no captions needed"
+    add("--save_openvino", type=Path, metavar="FOLDER", help=text)
     add("--disable_safety_checker", action="store_true", help="paint even what the checkpoint's own checker flags")
     add = parser.add_argument_group("pictures").add_argument
     add("-c", "--captions", nargs="+", default=[], help="what to paint")
@@ -126,8 +128,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-n", "--images_num", type=int, default=1, help="pictures of each caption; picture k has seed + k")
     add("-s", "--seed", type=int, default=42, help="of the first picture of each caption")
     add("--num_inference_steps", type=int, default=50, help="denoising steps")
-    text = "the first and last so many steps compute in float, with the int8 weights: slower, and closer to fp32"
-    add("--high_precision_steps", type=int, default=0, metavar="K", help=text)
     text = "quantize inputs with captions by themselves, not what captions change: a little faster, farther from fp32"
     add("--no_paired_guidance", action="store_true", help=text)
     add(
@@ -151,7 +151,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.captions = [*args.captions, *(line.strip() for line in lines if line.strip())]
     if any("\ud800" <= letter <= "\udfff" for caption in args.captions for letter in caption):
         parser.error("--captions must be UTF-8")
-    if not args.captions:
+    if not args.captions and args.save_openvino is None:
         parser.error("nothing to paint: give -c CAPTION or --captions_file FILE")
     for name in ("images_num", "num_inference_steps", "batch_size"):
         if getattr(args, name) < 1:
@@ -160,12 +160,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         edge = getattr(args, name)
         if edge is not None and (edge < 8 or edge % 8):
             parser.error(f"--{name} {edge} must be a multiple of 8: {max(8, edge // 8 * 8)} would do")
-    for name in ("high_precision_steps", "clip_skip"):
-        if (getattr(args, name) or 0) < 0:
-            parser.error(f"--{name} must not be negative")
-    for name in ("high_precision_steps", "no_paired_guidance"):
-        if getattr(args, name) and args.quantized_model_name_or_path is None:
+    if (args.clip_skip or 0) < 0:
+        parser.error("--clip_skip must not be negative")
+    for name in ("engine", "device", "save_openvino", "no_paired_guidance"):
+        if getattr(args, name) != parser.get_default(name) and args.quantized_model_name_or_path is None:
             parser.error(f"--{name} is for int8: give -qm too, or leave it out")
+    if args.engine == "torch" and (args.device != "CPU" or args.save_openvino is not None):
+        parser.error("--device and --save_openvino are for --engine openvino")
+    if args.save_openvino is not None and args.save_openvino.exists():
+        parser.error(f"--save_openvino {args.save_openvino} exists: delete it, or name another folder")
     if not 0 <= args.seed < 2**63 - args.images_num:
         parser.error("--seed must be a non-negative 64-bit number")
     return args
@@ -179,264 +182,55 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # Of an input with a caption, only what differs from the one without is quantized, in steps of its own: pair_guidance.
 
 
-class InputQuantizer:
-    """Turns a layer's input into uint8; layers that read the same tensor share one, and it works once for all."""
-
-    def __init__(self, scale: float, zero_point: int, factor: torch.Tensor) -> None:
-        self.scale, self.zero_point, self.factor = scale, zero_point, factor
-        self.steps = scale * factor  # of each channel; [C] or [C, 1, 1], to broadcast over the input
-        self.seen: Any = lambda: None  # weak reference to the latest input
-        self.latest: tuple[torch.Tensor, ...] = ()
-        self.paired = False  # the batch's second half is the first with captions: quantize what they change
-
-    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(levels,), or where `paired` (levels of the first half, levels of the changes, scales of the changes)."""
-        if torch.compiler.is_compiling():  # the compiler sees for itself what is computed twice
-            return self.quantize_anew(x)
-        if self.seen() is not x:
-            self.latest, self.seen = self.quantize_anew(x), weakref.ref(x)
-        return self.latest
-
-    def quantize_anew(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if not self.paired:
-            return (self.to_levels(x),)
-        first, second = x.chunk(2)
-        changes, scales = self.changes(first, second)
-        return self.to_levels(first), to_uint8(changes, scales * self.factor, 128, out=changes), scales
-
-    def to_levels(self, x: torch.Tensor) -> torch.Tensor:
-        values = x.float()
-        return to_uint8(values, self.steps, self.zero_point, out=None if values is x else values)
-
-    def changes(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the captions change, and the size of the steps in which to quantize it: one per sample, [B, 1, ...].
-
-        The change's range is not known before, as the input's is: it depends on the caption and falls with the noise.
-        """
-        changes = (second - first).float()
-        rows = changes if self.factor.dim() == 1 else changes.movedim(1, -1)  # channels last
-        rows = rows.reshape(len(rows), -1, rows.shape[-1])
-        largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)) / self.factor.flatten()  # [B, C]
-        scales = largest.amax(dim=1).div_(127).clamp_(min=1e-30)  # 0: nothing changes
-        return changes, scales.to(first.dtype).view(-1, *[1] * (changes.dim() - 1))
-
-    def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
-        """What the levels of `x` are worth, divided by the factors."""
-        first, second = x.chunk(2) if self.paired else (x, None)
-        values = (quantized(first.float(), self.steps, self.zero_point) - self.zero_point) * self.scale
-        if second is not None:
-            changes, scales = self.changes(first, second)
-            values = torch.cat([values, values + (quantized(changes, scales * self.factor, 128) - 128) * scales])
-        return values.to(x.dtype)
-
-
-def quantized(values: torch.Tensor, steps: torch.Tensor, zero_point: int) -> torch.Tensor:
-    """Levels 0..255 of fp32 values, in fp32."""
-    return torch.clamp(torch.round(values / steps) + zero_point, 0, 255)
-
-
-ROUNDING = torch.tensor(1.5 * 2**23)  # added to an fp32 number, it leaves no bits for a fraction
-
-
-def to_uint8(values: torch.Tensor, steps: torch.Tensor, zero_point: int, out: torch.Tensor | None) -> torch.Tensor:
-    """The same in uint8, in four passes over memory rather than seven; overwrites `out`, which may be `values`.
-
-    The sum with ROUNDING is rounded, half to even as by torch.round, and its lowest bits are the integer, of which the
-    conversion keeps eight.
-    """
-    if torch.compiler.is_compiling():  # which makes one pass of them all
-        return quantized(values, steps, zero_point).to(torch.uint8)
-    lowest = ROUNDING.item() - zero_point
-    sums = torch.addcdiv(ROUNDING, values, steps, out=out).clamp_(lowest, lowest + 255)
-    return sums.view(torch.int32).to(torch.uint8).add_(zero_point)
-
-
-def dequantize(weight: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
-    """int8 weight [out, in, ...] and its scales [out] -> fp32, freed of the input factors [in] where they are given."""
-    weight = weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))
-    return weight if factor is None else weight / factor.view(1, -1, *[1] * (weight.dim() - 2))
-
-
 class Int8Layer(nn.Module):
-    """What Int8Linear and Int8Conv2d have in common: the tensors of the file, and how they are made ready to run."""
+    """A Linear or Conv2d of quant_model.pt in plain PyTorch: in float, the numbers that int8 kernels compute.
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, groups: int = 1) -> None:
+    OpenVINO's converter knows these very expressions, and makes int8 kernels of them.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, quantize_input: bool) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.empty(weight.shape, dtype=torch.int8, device="meta"))
-        self.register_buffer("weight_scale", torch.empty(weight.shape[0], device="meta"))
-        self.register_buffer("input_scale", torch.empty((), device="meta"))
-        self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32, device="meta"))
-        self.register_buffer("input_factor", torch.empty(weight.shape[1] * groups, device="meta"))
-        self.register_buffer("bias", None if bias is None else torch.empty(bias.shape, device="meta"))
-        self.input_quantizer: InputQuantizer | None = None
-        self.high_precision = False  # compute in float, with the int8 weights
+        is_conv = isinstance(layer, nn.Conv2d)
+        out_channels, in_channels = layer.weight.shape[0], layer.weight.shape[1] * (layer.groups if is_conv else 1)
+        self.register_buffer("weight", torch.empty(layer.weight.shape, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.empty(out_channels))
+        self.register_buffer("input_factor", torch.empty(in_channels))
+        self.register_buffer("bias", None if layer.bias is None else torch.empty(out_channels))
+        if quantize_input:
+            self.register_buffer("input_scale", torch.empty(()))
+            self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32))
+        self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups) if is_conv else None
+        self.quantize_input, self.paired = quantize_input, False
 
-    def make_ready(self, use_kernels: bool, dtype: torch.dtype, device: torch.device) -> None:
-        """Pack the weight for the int8 kernel, or dequantize it for the reference path."""
-        self.use_kernels, self.dtype = use_kernels, dtype
-        factor = self.input_factor.view(-1, *[1] * (self.weight.dim() - 2)).to(device)
-        self.input_quantizer = InputQuantizer(self.input_scale.item(), self.input_zero_point.item(), factor)
-        if use_kernels:
-            self.zero_points = torch.zeros(len(self.weight_scale), dtype=torch.int32)
-            self.weight = self.pack()
-        else:
-            self.weight = dequantize(self.weight, self.weight_scale).to(device, dtype)
-            self.bias = None if self.bias is None else self.bias.to(device, dtype)
+    def make_ready(self) -> None:
+        """Give the tensors of the file the shapes to broadcast, and have the quantizer's as plain numbers."""
+        ones = [1] * (self.weight.dim() - 2)
+        self.weight_scale = self.weight_scale.view(-1, 1, *ones)
+        self.input_factor = self.input_factor.view(-1, *ones)
+        if self.quantize_input:
+            self.scale, self.zero_point = self.input_scale.item(), self.input_zero_point.item()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        quantizer = self.input_quantizer
-        if self.high_precision:
-            return self.compute_float(*self.float_input_and_weights(x))
-        if not self.use_kernels:
-            return self.compute_float(quantizer.fake_quantize(x), self.weight, self.bias)
-        levels, *changes = quantizer.quantize(x)
-        output = self.compute_int8(levels, quantizer.scale, quantizer.zero_point, self.bias)
-        if changes:
-            levels, scales = changes
-            output = torch.cat([output, output])
-            # a kernel has one scale for all samples
-            output.chunk(2)[1].addcmul_(self.compute_int8(levels, 1.0, 128, None), scales)
-        return output
+        first, second = x.float().chunk(2) if self.paired else (x.float(), None)
+        values = first / self.input_factor
+        if self.quantize_input:
+            values = torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, 0, 255)
+        output = self.compute(values.to(x.dtype), self.bias)
+        if second is None:
+            return output
+        changes = (second - first) / self.input_factor
+        # The range is not known before, as the input's is: it depends on the caption and falls with the noise. So each
+        # sample has its own, [B, 1, ...]; changes too small for a thousandth of the input's steps do not count.
+        # (Four dimensions, as OpenVINO 2026.4 gives every sample the scale of the first where there are three.)
+        largest = changes.abs().reshape(-1, *[1] * (4 - x.dim()), *x.shape[1:]).amax(dim=(1, 2, 3), keepdim=True)
+        scales = (largest / 127).clamp(min=self.scale / 1000).view(-1, *[1] * (x.dim() - 1))
+        changes = torch.fake_quantize_per_tensor_affine(changes / scales, 1.0, 0, -128, 127)
+        return torch.cat([output, output + self.compute(changes.to(x.dtype), None) * scales.to(x.dtype)])
 
-    def float_input_and_weights(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What a float layer of the same weights takes: dequantized here, as a float copy of all would fill memory."""
-        weight = dequantize(self.unpack(), self.weight_scale).to(self.dtype) if self.use_kernels else self.weight
-        bias = None if self.bias is None else self.bias.to(self.dtype)
-        return (x.float() / self.input_quantizer.factor).to(self.dtype), weight, bias
-
-
-# The kernels, and the same as operators of their own, which torch.compile calls and leaves alone: its own int8
-# patterns want constant weights, and then compile anew in every process. Such an operator costs 0.1 ms a call more.
-
-
-def qlinear(
-    levels: torch.Tensor,
-    scale: float,
-    zero_point: int,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    zero_points: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """uint8 levels [..., in], packed weight [out, in] -> `dtype` [..., out]."""
-    return torch.ops.onednn.qlinear_pointwise(
-        levels, scale, zero_point, weight, weight_scale, zero_points, bias, 1.0, 0, dtype, "none", [], ""
-    )
-
-
-int8_linear = torch.library.custom_op("sd_unet_int8::linear", qlinear, mutates_args=())
-
-
-@int8_linear.register_fake
-def int8_linear_shape(levels, scale, zero_point, weight, weight_scale, zero_points, bias, dtype):
-    return levels.new_empty((*levels.shape[:-1], len(weight_scale)), dtype=dtype)
-
-
-def qconv2d(
-    levels: torch.Tensor,
-    scale: float,
-    zero_point: int,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    zero_points: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """uint8 levels [B, in, H, W] in channels_last, packed weight [out, in / groups, h, w] -> `dtype` [B, out, ...]."""
-    return torch.ops.onednn.qconv_pointwise(
-        levels, scale, zero_point, weight, weight_scale, zero_points, bias, stride, padding, dilation, groups,
-        1.0, 0, dtype, "none", [], "",
-    )  # fmt: skip
-
-
-int8_conv2d = torch.library.custom_op("sd_unet_int8::conv2d", qconv2d, mutates_args=())
-
-
-@int8_conv2d.register_fake
-def int8_conv2d_shape(
-    levels, scale, zero_point, weight, weight_scale, zero_points, bias, stride, padding, dilation, groups, dtype
-):
-    sizes = zip(levels.shape[2:], weight.shape[2:], stride, padding, dilation)
-    edges = [(edge + 2 * pad - step * (kernel - 1) - 1) // by + 1 for edge, kernel, by, pad, step in sizes]
-    shape = (levels.shape[0], len(weight_scale), *edges)
-    return torch.empty(shape, dtype=dtype, device=levels.device, memory_format=torch.channels_last)
-
-
-class Int8Linear(Int8Layer):
-    def pack(self) -> torch.Tensor:
-        return torch.ops.onednn.qlinear_prepack(self.weight, None)
-
-    def unpack(self) -> torch.Tensor:
-        return self.weight.to_dense().T
-
-    def compute_float(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(x, weight, bias)
-
-    def compute_int8(
-        self, levels: torch.Tensor, scale: float, zero_point: int, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        kernel = int8_linear if torch.compiler.is_compiling() else qlinear
-        return kernel(levels, scale, zero_point, self.weight, self.weight_scale, self.zero_points, bias, self.dtype)
-
-
-class Int8Conv2d(Int8Layer):
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__(conv.weight, conv.bias, conv.groups)
-        self.geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
-
-    def pack(self) -> torch.Tensor:
-        quantizer = self.input_quantizer
-        shape = [1, self.weight.shape[1] * self.geometry[3], 64, 64]  # a hint: other sizes run as well
-        return torch.ops.onednn.qconv_prepack(
-            self.weight, self.weight_scale, quantizer.scale, quantizer.zero_point, *self.geometry, shape
-        )
-
-    def unpack(self) -> torch.Tensor:
-        return self.weight.to_dense()
-
-    def compute_float(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.conv2d(x, weight, bias, *self.geometry)
-
-    def compute_int8(
-        self, levels: torch.Tensor, scale: float, zero_point: int, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        kernel = int8_conv2d if torch.compiler.is_compiling() else qconv2d
-        levels = levels.contiguous(memory_format=torch.channels_last)
-        return kernel(
-            levels, scale, zero_point, self.weight, self.weight_scale, self.zero_points, bias,
-            *self.geometry, self.dtype,
-        )  # fmt: skip
-
-
-def kernels_are_exact() -> bool:
-    """Whether this CPU's int8 kernels compute what integers would.
-
-    Without VNNI they add pairs of products in 16 bits, which saturates without a word
-    (pytorch/pytorch#103646); the largest values show it.
-    """
-    generator = torch.Generator().manual_seed(0)
-    levels = torch.randint(192, 256, (2, 64, 8, 8), generator=generator)
-    weight = torch.randint(96, 128, (32, 64, 3, 3), generator=generator)
-    scales, zeros = torch.ones(32), torch.zeros(32, dtype=torch.int32)
-    rows, matrix = levels[:, :, 0, 0], weight[:, :, 1, 1]
-    linear_reference = F.linear((rows - 7).double(), matrix.double())
-    conv_reference = F.conv2d((levels - 7).double(), weight.double(), padding=1)
-    geometry = ([1, 1], [1, 1], [1, 1], 1)
-    rest = (1.0, 0, torch.float32, "none", [], "")
-    try:
-        packed = torch.ops.onednn.qlinear_prepack(matrix.to(torch.int8), None)
-        linear = torch.ops.onednn.qlinear_pointwise(rows.byte(), 1.0, 7, packed, scales, zeros, None, *rest)
-        packed = torch.ops.onednn.qconv_prepack(weight.to(torch.int8), scales, 1.0, 7, *geometry, [2, 64, 8, 8])
-        nhwc = levels.byte().contiguous(memory_format=torch.channels_last)
-        conv = torch.ops.onednn.qconv_pointwise(nhwc, 1.0, 7, packed, scales, zeros, None, *geometry, *rest)
-    except (AttributeError, RuntimeError, NotImplementedError):  # a build or a machine without these kernels
-        return False
-    return torch.allclose(linear.double(), linear_reference) and torch.allclose(conv.double(), conv_reference)
+    def compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight = (self.weight.float() * self.weight_scale).to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, weight, bias) if self.geometry is None else F.conv2d(x, weight, bias, *self.geometry)
 
 
 # ---------------------------------------------------------------- reading quant_model.pt
@@ -572,57 +366,39 @@ def checksum(state_dict: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
+def build_int8_unet(
+    payload: dict[str, Any], dtype: torch.dtype, device: torch.device, paired: bool = False
+) -> UNet2DConditionModel:
     """A diffusers UNet with int8 layers, filled from the file; the full-precision UNet is never made.
 
     Raises:
         UsageError: the tensors do not fit the architecture that the file names.
     """
-    # int8 weights will be packed; with all else copied, nothing holds the file in memory once the payload is gone
-    state_dict = {
-        name: part if part.dtype == torch.int8 else part.clone() for name, part in payload["state_dict"].items()
-    }
-    config = payload["unet_config"]
-    int8_names = [name.removesuffix(".input_scale") for name in state_dict if name.endswith(".input_scale")]
-    weight_only = [name.removesuffix(".weight_scale") for name in state_dict if name.endswith(".weight_scale")]
-    weight_only = [name for name in weight_only if name not in set(int8_names)]
+    state_dict, config = payload["state_dict"], payload["unet_config"]
+    scales = (".weight_scale", ".input_scale")
+    int8_names = sorted({name.rpartition(".")[0] for name in state_dict if name.endswith(scales)})
     try:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config({key: config[key] for key in unet_defaults() if key in config})
-        for name in int8_names:
-            parent, _, child = name.rpartition(".")
-            layer = unet.get_submodule(name)
-            if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-                raise ValueError(f"{name} is neither Linear nor Conv2d")
-            int8 = Int8Conv2d(layer) if isinstance(layer, nn.Conv2d) else Int8Linear(layer.weight, layer.bias)
-            setattr(unet.get_submodule(parent), child, int8)
-        for name in weight_only:
-            weight, scale = state_dict[f"{name}.weight"], state_dict.pop(f"{name}.weight_scale")
-            factor = state_dict.pop(f"{name}.input_factor")
-            if weight.dtype != torch.int8 or scale.shape != weight.shape[:1] or factor.shape != weight.shape[1:2]:
-                raise ValueError(f"{name}.weight_scale or input_factor does not fit its weight")
-            state_dict[f"{name}.weight"] = dequantize(weight, scale, factor).to(dtype)
+            for name in int8_names:
+                parent, _, child = name.rpartition(".")
+                layer = unet.get_submodule(name)
+                if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+                    raise ValueError(f"{name} is neither Linear nor Conv2d")
+                int8 = Int8Layer(layer, quantize_input=f"{name}.input_scale" in state_dict)
+                setattr(unet.get_submodule(parent), child, int8)
         check_fit(state_dict, unet.state_dict(), set(int8_names))
         unet.load_state_dict(state_dict, assign=True)
     except Exception as error:  # a wrong config fails inside diffusers in its own ways
         raise UsageError(f"quant_model.pt does not fit its own architecture: {str(error).splitlines()[0]}") from error
-    use_kernels = device.type == "cpu" and kernels_are_exact()
-    for module in unet.modules():
+    for module in unet.to(device).modules():
         if isinstance(module, Int8Layer):
-            module.make_ready(use_kernels, dtype, device)
+            module.make_ready()
         else:
             for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.to(device, dtype), requires_grad=False))
-    share_input_quantizers(unet)
-    keep_channels_last(unet)
-    if use_kernels:
-        speed_up_attention(unet)
-    else:
-        unet = unet.to(memory_format=torch.channels_last)
-    path = "oneDNN int8 kernels" if use_kernels else "the reference path at float speed (no exact int8 kernels here)"
-    layers = sum(isinstance(module, (nn.Linear, nn.Conv2d, Int8Layer)) for module in unet.modules())
-    rest = f"{len(weight_only)} more with int8 weights and float arithmetic"
-    logger.info(f"{len(int8_names)} of {layers} Linear and Conv2d layers in int8 ({rest}), by {path}")
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    if paired:
+        pair_guidance(unet)
     return unet.eval()
 
 
@@ -648,93 +424,17 @@ def unet_defaults() -> dict[str, Any]:
     return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
 
 
-# PyTorch's attention multiplies bf16 matrices at fp32 speed on CPUs that have AVX512-BF16 but no AMX; oneDNN does not.
+def pairs_guidance(unet_config: dict[str, Any], args: argparse.Namespace) -> bool:
+    """Whether int8 layers take the two halves of a batch together: where guidance doubles it, unless told not to."""
+    return guidance_doubles(unet_config, args) and not args.no_paired_guidance
 
-QUERIES, KEYS = 4096, 512  # of the blocks that attention works in: oneDNN reorders each block of keys once, not often
 
+def guidance_doubles(unet_config: dict[str, Any], args: argparse.Namespace) -> bool:
+    """Whether the pipeline's batch has each picture twice, without caption and with it.
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """softmax(query key^T / sqrt(D)) value, bf16 [B, heads, L, D], in blocks whose scores stay in the cache.
-
-    Softmax does not mind a constant, so the greatest score of a row, as far as every 16th key tells, goes off inside
-    the product, which adds in fp32: the scores that count are small then, and bf16 fine enough for them. So no pass
-    over the scores has to look for the greatest, and a column of ones among the values adds them up. Measured errors
-    are 1.1 to 1.4 times those of PyTorch's attention, 2 to 2.5 without the constant.
+    Not where the UNet takes the guidance scale as an input (LCM's).
     """
-    scale = query.shape[-1] ** -0.5
-    top = torch.matmul(query, key[:, :, ::16].transpose(2, 3)).amax(dim=-1, keepdim=True)
-    ones = torch.ones_like(key[..., :1])
-    heads = (torch.cat(pair, dim=-1).flatten(0, 1) for pair in ((query, -top), (key, ones), (value, ones)))
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    memory = query.new_empty(min(QUERIES, query.shape[2]) * min(KEYS, key.shape[2]))
-    for q, k, v, out in zip(*heads, output.flatten(0, 1)):
-        for q_rows, out_rows in zip(q.split(QUERIES), out.split(QUERIES)):
-            sums = torch.zeros(len(q_rows), v.shape[1])
-            for k_rows, v_rows in zip(k.split(KEYS), v.split(KEYS)):
-                scores = memory[: len(q_rows) * len(k_rows)].view(len(q_rows), len(k_rows))
-                torch.addmm(scores, q_rows, k_rows.T, beta=0, alpha=scale, out=scores)
-                sums += torch.mm(scores.exp_(), v_rows)
-            if not torch.isfinite(sums).all():  # a score far above what every 16th key told
-                return F.scaled_dot_product_attention(query, key, value).contiguous()
-            torch.div(sums[:, :-1], sums[:, -1:], out=out_rows)
-    return output
-
-
-fast_attend = torch.library.custom_op("sd_unet_int8::attend", attend, mutates_args=())
-fast_attend.register_fake(lambda query, key, value: torch.empty_like(query, memory_format=torch.contiguous_format))
-
-
-class LongSelfAttention(AttnProcessor2_0):
-    """diffusers' attention processor, with `attend` where the sequence is long."""
-
-    def __call__(self, attention: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        masked = kwargs.get("attention_mask") is not None
-        if x.dim() != 3 or x.shape[1] < 1024 or x.dtype != torch.bfloat16 or masked:
-            return super().__call__(attention, x, *args, **kwargs)
-        projections = (attention.to_q, attention.to_k, attention.to_v)
-        query, key, value = (layer(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for layer in projections)
-        kernel = fast_attend if torch.compiler.is_compiling() else attend
-        return attention.to_out[0](kernel(query, key, value).transpose(1, 2).flatten(2))
-
-
-def speed_up_attention(unet: UNet2DConditionModel) -> None:
-    capabilities = torch.cpu.get_capabilities()
-    if not capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
-        return
-    for block in unet.modules():
-        if isinstance(block, BasicTransformerBlock) and not block.attn1.is_cross_attention:
-            block.attn1.set_processor(LongSelfAttention())
-
-
-def keep_channels_last(unet: UNet2DConditionModel) -> None:
-    """Have float convolutions give it, and undo that diffusers makes the outputs of its transformers contiguous.
-
-    All that follows would be, too, and each int8 convolution that reads it would have to turn it round: a quarter of a
-    step's time on a CPU with AMX.
-    """
-
-    def turn(block: nn.Module, args: tuple, output: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (output[0].contiguous(memory_format=torch.channels_last),)
-
-    for block in unet.modules():
-        if isinstance(block, nn.Conv2d):
-            block.to(memory_format=torch.channels_last)
-        elif isinstance(block, Transformer2DModel):
-            block.register_forward_hook(turn)
-
-
-def share_input_quantizers(unet: UNet2DConditionModel) -> None:
-    """Self-attention's q, k and v read one tensor, cross-attention's k and v another: quantize it once."""
-    for attention in unet.modules():
-        if not hasattr(attention, "to_q"):
-            continue
-        readers = [attention.to_k, attention.to_v] + ([] if attention.is_cross_attention else [attention.to_q])
-        int8 = [layer for layer in readers if isinstance(layer, Int8Layer)]
-        for layer in int8[1:]:
-            first, other = int8[0].input_quantizer, layer.input_quantizer
-            same_grid = (first.scale, first.zero_point) == (other.scale, other.zero_point)
-            if same_grid and torch.equal(first.factor, other.factor):
-                layer.input_quantizer = first
+    return args.guidance_scale > 1 and unet_config.get("time_cond_proj_dim") is None
 
 
 def pair_guidance(unet: UNet2DConditionModel) -> None:
@@ -746,14 +446,324 @@ def pair_guidance(unet: UNet2DConditionModel) -> None:
     layers that make attention's queries, keys and values: paired as well, they are worth 0.1 dB in latents.
     """
     for name, layer in unet.named_modules():
-        if isinstance(layer, Int8Layer) and not name.endswith(("to_q", "to_k", "to_v")):
-            layer.input_quantizer.paired = True
+        if isinstance(layer, Int8Layer) and layer.quantize_input:
+            layer.paired = not name.endswith(("to_q", "to_k", "to_v"))
+
+
+# ---------------------------------------------------------------- the int8 UNet in OpenVINO
+
+DEVICE_PROPERTIES = "FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"
+GRAPH_VERSION = 1  # to be raised with every change of what unet_to_openvino makes: older files are then made anew
+
+
+def import_openvino() -> Any:
+    """OpenVINO, which runs int8 on Intel CPUs; nothing is sent anywhere.
+
+    Importing its converter would report that over the network; without this package, a stub takes its place.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def trace(
+    compute: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], sizes: dict[str, list[int]], output: str
+) -> Any:
+    """An OpenVINO model of what `compute` makes of its inputs; -1 is a size that may be chosen later."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # on sizes that diffusers asserts, and that are the same for all inputs
+        # OpenVINO would trace by itself, and then once more to compare: minutes for SD v1.5
+        traced = torch.jit.trace(compute, tuple(inputs.values()), check_trace=False, strict=False)
+        model = import_openvino().convert_model(traced, input=list(sizes.values()))
+    for port, name in zip([*model.inputs, *model.outputs], [*inputs, output]):
+        port.set_names({name})
+    # By default OpenVINO quantizes the inputs of layers with int8 weights alone, too: 1 dB less.
+    model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+    return model
+
+
+def unet_to_openvino(unet: UNet2DConditionModel) -> Any:
+    """sample [B, 4, H/8, W/8], timestep [1], encoder_hidden_states [B, L, D] -> out_sample, as OpenVINO's model.
+
+    Where the UNet takes the guidance scale, its embedding is a fourth input, timestep_cond [B, time_cond_proj_dim].
+    """
+    channels, width = unet.config.in_channels, unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+    width = width if isinstance(width, int) else max(width)
+    edges = 17, 19  # odd, as only then diffusers upsamples to the sizes it finds: so the model fits all
+    inputs = {"sample": torch.randn(2, channels, *edges), "timestep": torch.tensor([500.0])}
+    inputs["encoder_hidden_states"] = torch.randn(2, 77, width)
+    sizes = {"sample": [-1, channels, -1, -1], "timestep": [1], "encoder_hidden_states": [-1, -1, width]}
+    if unet.config.time_cond_proj_dim is not None:
+        inputs["timestep_cond"] = torch.randn(2, unet.config.time_cond_proj_dim)
+        sizes["timestep_cond"] = [-1, unet.config.time_cond_proj_dim]
+
+    def predict(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
+        return unet(sample, timestep, text, timestep_cond=cond[0] if cond else None, return_dict=False)[0]
+
+    model = trace(predict, inputs, sizes, "out_sample")
+    store_as_fp16(model)
+    return model
+
+
+def store_as_fp16(model: Any) -> None:
+    """Keep in fp16 what quant_model.pt has in fp16: OpenVINO compresses no quantized model by itself."""
+    ov = import_openvino()
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.f32 and node.data.size > 1000:
+            with np.errstate(over="ignore"):
+                half = node.data.astype(np.float16)
+            if np.array_equal(half, node.data):
+                single = ov.opset13.convert(ov.opset13.constant(half), "f32").output(0)
+                for reader in node.output(0).get_target_inputs():
+                    reader.replace_source_output(single)
+
+
+def cached(file: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """The folder of that name beside quant_model.pt, or in the user's cache folder where that cannot be written.
+
+    Where there is none, or a damaged one, `write` makes it, and those of earlier contents of the file go.
+
+    Raises:
+        UsageError: it cannot be written to either.
+    """
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd-unet-int8"
+    folders, problems = [file.with_suffix(".openvino") / name, user_cache / name], []
+    for folder in folders:
+        if is_whole(folder):
+            return folder
+    for folder in folders:
+        try:
+            write_folder(folder, write)
+            size = sum(part.stat().st_size for part in folder.iterdir())
+            logger.info(f"kept in {folder} ({size / 1e6:.1f} MB); it may be deleted at any time")
+            for other in folders[0].parent.glob("*-*"):
+                if other.name.partition("-")[0] != name.partition("-")[0]:
+                    shutil.rmtree(other, ignore_errors=True)
+            return folder
+        except (OSError, RuntimeError) as error:
+            problems.append(f"{folder.parent} ({str(error).strip().splitlines()[-1]})")
+    raise UsageError(
+        f"-qm {file}: OpenVINO's form of it was not made in {' or '.join(problems)}: free space there, or set "
+        "XDG_CACHE_HOME to a folder that has some"
+    )
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a folder, which gets its name when it is complete, and holds the checksums of its files."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True) as partial:
+        inner = Path(partial) / folder.name
+        inner.mkdir()
+        write(inner)
+        sums = {path.relative_to(inner).as_posix(): sha256(path) for path in inner.rglob("*") if path.is_file()}
+        (inner / "SHA256SUMS.json").write_text(json.dumps(sums))
+        if folder.exists():  # damaged, or it would have been used
+            folder.rename(Path(partial) / "damaged")
+        inner.rename(folder)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_whole(folder: Path) -> bool:
+    try:
+        sums = json.loads((folder / "SHA256SUMS.json").read_text())
+        return bool(sums) and all(sha256(folder / name) == expected for name, expected in sums.items())
+    except (OSError, ValueError, AttributeError):  # not there, or damaged
+        return False
+
+
+class OpenVINOUNet(UNet2DConditionModel):
+    """The pipeline's UNet, run by OpenVINO.
+
+    It is compiled for the very sizes of its inputs, as int8 is 1.3 times faster so; one compiled model is kept, as each
+    holds its own copy of the weights.
+    """
+
+    def __init__(
+        self, payload: dict[str, Any], args: argparse.Namespace, more_settings: dict[str, Any] | None = None
+    ) -> None:
+        ModelMixin.__init__(self)  # without the layers
+        self.register_to_config(**settings_of_unet(payload))
+        self.register_buffer("none", torch.empty(0))  # the pipeline asks for a device and a dtype
+        self.args, self.core = args, import_openvino().Core()
+        self.settings = openvino_settings(args) | (more_settings or {})
+        try:
+            self.quantize_inputs = kernels_are_exact(args.device)
+            self.about_device = [self.core.get_property(args.device, name) for name in DEVICE_PROPERTIES]
+        except RuntimeError as error:
+            there = ", ".join(self.core.available_devices)
+            raise UsageError(f"--device {args.device}: OpenVINO cannot use it; there is {there}") from error
+        self.about_device.append(os.environ.get("ONEDNN_MAX_CPU_ISA"))
+        self.name = graph_name(payload, args)
+        self.shapes: list[list[int]] = []
+        self.compiled: list[Any] = []
+        self.seconds_compiling = 0.0
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: Any,
+        encoder_hidden_states: torch.Tensor,
+        timestep_cond: torch.Tensor | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor]:
+        inputs = [sample, torch.as_tensor(timestep).reshape(1), encoder_hidden_states]
+        inputs += [] if timestep_cond is None else [timestep_cond]
+        shapes = [list(tensor.shape) for tensor in inputs]
+        if shapes != self.shapes:
+            began = time.perf_counter()
+            self.compile_for(shapes)
+            self.seconds_compiling += time.perf_counter() - began
+        return (torch.from_numpy(self.compiled[-1].infer([tensor.float().numpy() for tensor in inputs])[0]),)
+
+    def compile_for(self, shapes: list[list[int]]) -> None:
+        """Load what was compiled for these sizes before, or compile.
+
+        OpenVINO's own CACHE_DIR would do so, too, but reads all weights of the model that is to be compiled, only to
+        see that it is the same: 0.8 GiB more at the peak for SD v1.5.
+        """
+        self.shapes, self.compiled = shapes, []  # frees the memory of the one before
+        file = quant_model_file(self.args.quantized_model_name_or_path)
+
+        def write(folder: Path) -> None:
+            logger.info(f"compiling for {shapes[0]} latents: this is done once for each size and batch")
+            model = self.core.read_model(self.model_file())
+            model.reshape(dict(enumerate(shapes)))
+            if not self.quantize_inputs:
+                leave_inputs_in_float(model)
+            compiled = self.core.compile_model(model, self.args.device, self.settings)
+            (folder / "unet.blob").write_bytes(compiled.export_model().getbuffer())
+
+        name = f"{self.name}-{digest(shapes, self.quantize_inputs, self.settings, self.about_device)}"
+        blob = cached(file, name, write) / "unet.blob"
+        with open(blob, "rb") as opened:
+            memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        tensor = import_openvino().Tensor(np.frombuffer(memory, np.uint8), shared_memory=True)
+        compiled = self.core.import_model(tensor, self.args.device, self.settings)
+        if hasattr(mmap, "MADV_DONTNEED"):  # the weights were packed: what was read from the file may leave memory
+            memory.madvise(mmap.MADV_DONTNEED)
+        self.compiled = [memory, tensor, compiled, compiled.create_infer_request()]
+
+    def model_file(self) -> Path:
+        """unet.xml, with unet.bin beside it: OpenVINO's form of quant_model.pt, for any size; made at its first use."""
+        file = quant_model_file(self.args.quantized_model_name_or_path)
+
+        def write(folder: Path) -> None:
+            logger.info("making OpenVINO's form of quant_model.pt: this is done once")
+            payload = read_quant_model(file)
+            if graph_name(payload, self.args) != self.name:
+                raise UsageError(f"-qm {file}: the file was replaced while it was in use; start again")
+            paired = pairs_guidance(payload["unet_config"], self.args)
+            unet = build_int8_unet(payload, torch.float32, torch.device("cpu"), paired)
+            import_openvino().save_model(unet_to_openvino(unet), folder / "unet.xml", compress_to_fp16=False)
+
+        return cached(file, self.name, write) / "unet.xml"
+
+
+def graph_name(payload: dict[str, Any], args: argparse.Namespace) -> str:
+    """Of OpenVINO's form of a quant_model.pt, by all that decides what is in it."""
+    versions = [GRAPH_VERSION, *(library.__version__ for library in (import_openvino(), torch, diffusers))]
+    paired = pairs_guidance(payload["unet_config"], args)
+    return f"{payload['checksum'][:16]}-{digest(settings_of_unet(payload), versions, paired)}"
+
+
+def settings_of_unet(payload: dict[str, Any]) -> dict[str, Any]:
+    return {key: payload["unet_config"].get(key, default) for key, default in unet_defaults().items()}
+
+
+def digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def leave_inputs_in_float(model: Any) -> None:
+    for node in model.get_ops():
+        if node.get_type_name() == "FakeQuantize":
+            node.output(0).replace(node.input_value(0))
+
+
+def openvino_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """How compile_model is to compile for --device."""
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if args.device == "CPU":  # unpinned, as what PyTorch does afterwards would inherit the cores
+        precision = "bf16" if choose_dtype(args) == torch.bfloat16 else "f32"
+        settings |= {"INFERENCE_PRECISION_HINT": precision, "ENABLE_CPU_PINNING": False}
+        settings |= {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    elif args.dtype == "float32":
+        settings |= {"INFERENCE_PRECISION_HINT": "f32"}
+    return settings
+
+
+def kernels_are_exact(device: str) -> bool:
+    """Whether the device's int8 kernels compute what integers would.
+
+    CPUs without VNNI add pairs of products in 16 bits, which saturates without a word; the largest values show it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(192, 256, (2, 64, 8, 8), generator=generator).float() - 7
+    for layer, x in ((nn.Linear(64, 32, bias=False), levels[:, :, 0, 0]), (nn.Conv2d(64, 32, 3, bias=False), levels)):
+        int8 = Int8Layer(layer, quantize_input=True)
+        int8.weight = torch.randint(96, 128, layer.weight.shape, dtype=torch.int8, generator=generator)
+        int8.weight_scale, int8.input_factor = torch.full((32,), 0.5), torch.ones(64)
+        int8.input_scale, int8.input_zero_point = torch.tensor(1.0), torch.tensor(7)
+        int8.make_ready()
+        model = trace(int8, {"x": x}, {"x": list(x.shape)}, "y")
+        compiled = import_openvino().compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32"})
+        if not np.allclose(compiled([x.numpy()])[0], int8(x)):
+            return False
+    return True
 
 
 # ---------------------------------------------------------------- the pipeline
 
 
+def choose_engine(args: argparse.Namespace) -> str:
+    """What runs the UNet: openvino or torch.
+
+    Raises:
+        UsageError: OpenVINO is asked for, but does not import.
+    """
+    if args.quantized_model_name_or_path is None or args.engine == "torch":
+        return "torch"
+    needed = args.engine == "openvino" or args.device != "CPU" or args.save_openvino is not None
+    if torch.cuda.is_available() and not needed:
+        return "torch"
+    try:
+        import_openvino()
+        return "openvino"
+    except ImportError as error:
+        remedy = f"OpenVINO does not import ({error}): pip install -r requirements.txt"
+        if needed:
+            raise UsageError(remedy) from error
+        logger.warning(f"--engine torch, which computes in float and is slower, as {remedy}")
+        return "torch"
+
+
+def load_int8_unet(
+    payload: dict[str, Any], dtype: torch.dtype, device: torch.device, engine: str, args: argparse.Namespace
+) -> UNet2DConditionModel:
+    """The file's UNet, to be run by `engine`; says how many of its layers are int8."""
+    if engine == "openvino":
+        unet = OpenVINOUNet(payload, args)
+        how = f"OpenVINO on {args.device}"
+        how += "" if unet.quantize_inputs else ", in float, as its int8 kernels saturate here (no VNNI)"
+    else:
+        unet = build_int8_unet(payload, dtype, device, pairs_guidance(payload["unet_config"], args))
+        how = f"PyTorch in float on {device.type}"
+    names = payload["state_dict"]
+    layers = sum(name.endswith(".weight") and tensor.dim() > 1 for name, tensor in names.items())
+    int8, scaled = (sum(name.endswith(part) for name in names) for part in (".input_scale", ".weight_scale"))
+    rest = f"{scaled - int8} more with int8 weights and float arithmetic"
+    logger.info(f"{int8} of {layers} Linear and Conv2d layers in int8 ({rest}), by {how}")
+    return unet
+
+
 def choose_dtype(args: argparse.Namespace) -> torch.dtype:
+    if args.quantized_model_name_or_path is not None and args.save_openvino is not None:
+        return torch.float32  # what is written loses nothing
     if args.dtype != "auto":
         return getattr(torch, args.dtype)
     capabilities = torch.cpu.get_capabilities()
@@ -774,8 +784,8 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     Raises:
         UsageError: no Stable Diffusion 1.x/2.x there, a part is damaged, or the file is for another architecture.
     """
-    name, dtype = checkpoint_name(args), choose_dtype(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name, dtype, engine = checkpoint_name(args), choose_dtype(args), choose_engine(args)
+    device = torch.device("cuda" if torch.cuda.is_available() and engine == "torch" else "cpu")
     if name != args.pretrained_model_name_or_path:
         logger.info(f"{args.pretrained_model_name_or_path} has left the hub; using its copy {name}")
     index = load_index(name, args)
@@ -789,20 +799,16 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     check_clip_skip(parts["text_encoder"], args)
     parts["scheduler"] = choose_scheduler(parts["scheduler"], args)
     if args.quantized_model_name_or_path is not None:
-        parts["unet"] = build_int8_unet(payload, dtype, device)
+        parts["unet"] = load_int8_unet(payload, dtype, device, engine, args)
         del payload
     else:
         parts["unet"] = load_part(name, index, "unet", args, dtype).to(memory_format=torch.channels_last)
     parts["vae"].to(memory_format=torch.channels_last)
     pipeline = add_safety_checker(name, index, parts, dtype, args)
     pipeline.unet.register_to_config(sample_size=size_made_for(unet_config))  # int8 and fp32 alike
-    pipeline._guidance_scale = args.guidance_scale  # for guidance_doubles
-    if pairs_guidance(pipeline, args):
-        pair_guidance(pipeline.unet)
-    if args.compile:
-        compile_unet(pipeline.unet)
-    pipeline.unet.register_forward_pre_hook(to_unet_dtype, with_kwargs=True)
-    pipeline.unet.register_forward_hook(to_fp32)
+    if not isinstance(pipeline.unet, OpenVINOUNet):
+        pipeline.unet.register_forward_pre_hook(to_unet_dtype, with_kwargs=True)
+        pipeline.unet.register_forward_hook(to_fp32)
     return pipeline.to(device)
 
 
@@ -1069,15 +1075,6 @@ def check_clip_skip(text_encoder: Any, args: argparse.Namespace) -> None:
     text_encoder.__dict__["text_model"] = text_encoder
 
 
-def guidance_doubles(pipeline: StableDiffusionPipeline) -> bool:
-    """Whether a batch has each picture twice, without and with its caption; not if the UNet takes the scale itself."""
-    return pipeline.do_classifier_free_guidance
-
-
-def pairs_guidance(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> bool:
-    return bool(args.quantized_model_name_or_path) and guidance_doubles(pipeline) and not args.no_paired_guidance
-
-
 def size_made_for(unet_config: dict[str, Any]) -> int | list[int] | None:
     """Latent edge, or height and width, that a checkpoint's UNet was made for; None where its config does not say."""
     size = unet_config.get("sample_size")
@@ -1101,17 +1098,6 @@ def picture_size(pipeline: StableDiffusionPipeline, args: argparse.Namespace) ->
     if height % pixels or width % pixels:
         raise UsageError(f"--height {height} --width {width}: the checkpoint's VAE needs multiples of {pixels}")
     return height, width
-
-
-def compile_unet(unet: UNet2DConditionModel) -> None:
-    """Have torch.compile make one program of it, where there is a C++ compiler; its cache outlives the process."""
-    compilers = [os.environ.get("CXX", "g++"), "clang++", "cl"]
-    if unet.device.type == "cpu" and not any(map(shutil.which, compilers)):
-        logger.warning("--compile: no C++ compiler (g++) here, so the UNet runs as it is")
-        return
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
-    unet.forward = torch.compile(unet.forward)
-    logger.info("compiling the UNet at the first step; this takes minutes unless it is cached")
 
 
 def check_architecture(payload: dict[str, Any], base_config: dict[str, Any], name: str) -> None:
@@ -1149,6 +1135,56 @@ def to_fp32(unet: nn.Module, args: tuple, output: Any) -> Any:
     return tuple(value.float() for value in output)  # the pipeline asks for a tuple
 
 
+# ---------------------------------------------------------------- the whole pipeline for OpenVINO
+
+
+def save_openvino(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> None:
+    """Write all that paints as OpenVINO models, in the layout that OpenVINO GenAI and optimum-intel load.
+
+    Raises:
+        UsageError: openvino-tokenizers is missing, the folder exists, or it cannot be written.
+    """
+    ov, folder, encoder, vae = import_openvino(), args.save_openvino, pipeline.text_encoder, pipeline.vae
+    try:
+        from openvino_tokenizers import convert_tokenizer
+    except ImportError as error:
+        needed = "pip install -r requirements-openvino-genai.txt"
+        raise UsageError(f"--save_openvino: openvino-tokenizers does not import ({error}): {needed}") from error
+    for part in (encoder, vae):
+        part.requires_grad_(False)
+    ids = {"input_ids": torch.ones(1, pipeline.tokenizer.model_max_length, dtype=torch.int64)}
+    latents = {"latent_sample": torch.randn(1, vae.config.latent_channels, 16, 16)}
+    text = trace(lambda ids: encoder(ids)[0], ids, {"input_ids": [-1, ids["input_ids"].shape[1]]}, "last_hidden_state")
+    sizes = {"latent_sample": [-1, vae.config.latent_channels, -1, -1]}
+    decoder = trace(lambda latents: vae.decode(latents).sample, latents, sizes, "sample")
+    unet = ov.preprocess.PrePostProcessor(ov.Core().read_model(pipeline.unet.model_file()))
+    unet.input("timestep").tensor().set_element_type(ov.Type.i64)  # as OpenVINO GenAI's samplers have it
+    models = {"text_encoder": text, "unet": unet.build(), "vae_decoder": decoder}
+
+    def write(folder: Path) -> None:
+        for part, model in models.items():
+            ov.save_model(model, folder / part / "openvino_model.xml", compress_to_fp16=part != "unet")
+        encoder.config.save_pretrained(folder / "text_encoder")
+        pipeline.unet.save_config(folder / "unet")
+        vae.save_config(folder / "vae_decoder")
+        pipeline.scheduler.save_pretrained(folder / "scheduler")
+        pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+        ov.save_model(convert_tokenizer(pipeline.tokenizer), folder / "tokenizer/openvino_tokenizer.xml")
+        pipeline.register_to_config(unet=("diffusers", "UNet2DConditionModel"))
+        pipeline.save_config(folder)
+        for path in folder.rglob("*.json"):  # OpenVINO GenAI takes null for a value of the wrong kind
+            text = path.read_text(encoding="utf-8").replace(OpenVINOUNet.__name__, UNet2DConditionModel.__name__)
+            values = json.loads(text)
+            values = {key: value for key, value in values.items() if value not in (None, [None, None])}
+            path.write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+    try:
+        write_folder(folder, write)
+        logger.info(f"wrote the pipeline as OpenVINO models to {folder}, without a safety checker")
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"--save_openvino {folder}: {str(error).strip().splitlines()[-1]}") from error
+
+
 # ---------------------------------------------------------------- painting
 
 
@@ -1177,31 +1213,15 @@ def initial_latents(pipeline: StableDiffusionPipeline, jobs: list[Job], height: 
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs])
 
 
-class PrecisionSwitch:
-    """The pipeline's step callback: in the first and last K steps the int8 layers compute in float.
-
-    These few run uncompiled under --compile, too: they would need a program of their own, and packed weights fit none.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, steps: int) -> None:
-        self.layers, self.steps = [layer for layer in unet.modules() if isinstance(layer, Int8Layer)], steps
-        self.set(steps > 0)
-
-    def set(self, high_precision: bool) -> None:
-        for layer in self.layers:
-            layer.high_precision = high_precision
-        torch.compiler.set_stance("force_eager" if high_precision else "default")
-
-    def __call__(self, pipeline: StableDiffusionPipeline, step: int, timestep: Any, tensors: dict) -> dict:
-        coming = step + 1
-        self.set(coming < self.steps or pipeline.num_timesteps - self.steps <= coming < pipeline.num_timesteps)
-        return tensors
+def seconds_compiling(pipeline: StableDiffusionPipeline) -> float:
+    """What went so far into the loading of compiled UNets, as a picture's time is without the loading of models."""
+    return getattr(pipeline.unet, "seconds_compiling", 0.0)
 
 
 @torch.no_grad()
 def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Namespace) -> list[Painting]:
     """Denoise, decode and check one batch of pictures."""
-    began = time.perf_counter()
+    began = time.perf_counter() - seconds_compiling(pipeline)
     height, width = picture_size(pipeline, args)
     latents = pipeline(
         [job.caption for job in jobs],
@@ -1214,7 +1234,6 @@ def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Nam
         latents=initial_latents(pipeline, jobs, height, width).to(pipeline.device),
         output_type="latent",
         clip_skip=args.clip_skip,
-        callback_on_step_end=PrecisionSwitch(pipeline.unet, args.high_precision_steps),
     ).images
     vae = pipeline.vae
     decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
@@ -1222,7 +1241,7 @@ def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Nam
     decoded, flagged = pipeline.run_safety_checker(torch.nan_to_num(decoded), pipeline.device, vae.dtype)
     shown = [not flag for flag in flagged or [False] * len(jobs)]  # the checker's black is 0 of 0..1, not of -1..1
     images = pipeline.image_processor.postprocess(decoded, output_type="pil", do_denormalize=shown)
-    seconds = (time.perf_counter() - began) / len(jobs)
+    seconds = (time.perf_counter() - seconds_compiling(pipeline) - began) / len(jobs)
     paintings = []
     for index, job in enumerate(jobs):
         status = "flagged" if flagged and flagged[index] else "ok" if finite[index] else "non-finite"
@@ -1318,7 +1337,7 @@ def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> di
     file = args.quantized_model_name_or_path and quant_model_file(args.quantized_model_name_or_path)
     around = {torch.float32: "fp32", torch.bfloat16: "bf16"}[pipeline.vae.dtype]
     weights = file.stat().st_size if file else sum(4 * weight.numel() for weight in pipeline.unet.parameters())
-    doubled = guidance_doubles(pipeline)
+    doubled = guidance_doubles(pipeline.unet.config, args)
     return {
         "steps": args.num_inference_steps,
         "height": height,
@@ -1327,8 +1346,7 @@ def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> di
         "negative_prompt": args.negative_prompt if doubled else None,
         "scheduler": type(pipeline.scheduler).__name__,
         "clip_skip": args.clip_skip,
-        "high_precision_steps": args.high_precision_steps,
-        "paired_guidance": pairs_guidance(pipeline, args),
+        "paired_guidance": bool(file) and pairs_guidance(pipeline.unet.config, args),
         "model": args.pretrained_model_name_or_path,
         "variant": args.variant,
         "quant_model": str(file) if file else None,
@@ -1348,24 +1366,12 @@ def say_what_is_cut(pipeline: StableDiffusionPipeline, args: argparse.Namespace)
             logger.warning(
                 f"the text encoder reads {length} of {len(ids)} tokens of {prompt[:60]!r}...; cut off: {cut[:1000]!r}"
             )
-    if args.negative_prompt is not None and not guidance_doubles(pipeline):
+    if args.negative_prompt is not None and not guidance_doubles(pipeline.unet.config, args):
         logger.warning("--negative_prompt has no effect here: without guidance, or with a UNet that takes its scale")
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed tensors for the next ones, whatever their size; other allocators have no such call.
-
-    It gives those above 32 MiB back to the system, and the next one's every page is then a page fault, and cleared: a
-    tenth of the time of a step at 512 pixels.
-    """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -1377,6 +1383,10 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.set_progress_bar_config(disable=True)
     say_what_is_cut(pipeline, args)
     facts = run_facts(pipeline, args)
+    if args.save_openvino is not None:
+        save_openvino(pipeline, args)
+        if not args.captions:
+            return
     kind, weights, around = facts["precision"], facts["unet_mb"], facts["dtype"]
     logger.info(f"{kind} UNet ({weights} MB), {around} elsewhere, {torch.get_num_threads()} threads")
     jobs = [Job(caption, k, args.seed + k) for caption in args.captions for k in range(args.images_num)]

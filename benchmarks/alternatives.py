@@ -177,7 +177,7 @@ def published() -> None:
             run.ema.copy_to(run.student.parameters())
         torch.save(run.student.state_dict(), args.output_dir / "quant_model.pt")
 
-    def build(state_dict: dict[str, torch.Tensor], dtype: torch.dtype, *rest: Any, **options: Any) -> nn.Module:
+    def build(state_dict: dict[str, torch.Tensor], *rest: Any) -> nn.Module:
         unet = painter.UNet2DConditionModel.from_config(state_dict.pop("config"))
         publish(unet)
         unet.load_state_dict(state_dict)
@@ -192,7 +192,7 @@ def published() -> None:
         return torch.load(painter.quant_model_file(path), weights_only=True) | {"config": config}
 
     trainer.calibrate, trainer.save_int8 = observe, save
-    painter.read_quant_model, painter.build_int8_unet = read, build
+    painter.read_quant_model, painter.load_int8_unet = read, build
     painter.check_architecture = lambda *rest: None
 
 

@@ -29,7 +29,6 @@ VARIANTS = {
     "fp32": ["--dtype", "float32"],
     "bf16": ["--dtype", "bfloat16"],
     "int8": ["-qm"],  # the file follows
-    "int8 --compile": ["--compile", "-qm"],
 }
 # Runs the script as it is, and notes when the UNet is called first.
 TIMED = """
@@ -37,14 +36,17 @@ import sys, time
 began = float(sys.argv.pop(1))
 sys.path.insert(0, sys.argv.pop(1))
 import text2images
-cast = text2images.to_unet_dtype
-def noted(*args):
-    global began
-    if began:
-        print(f"first step after {time.time() - began:.3f} s", flush=True)
-        began = 0
-    return cast(*args)
-text2images.to_unet_dtype = noted
+def noting(function):
+    def noted(*args):
+        global began
+        result = function(*args)
+        if began:
+            print(f"first step after {time.time() - began:.3f} s", flush=True)
+            began = 0
+        return result
+    return noted
+text2images.to_unet_dtype = noting(text2images.to_unet_dtype)
+text2images.OpenVINOUNet.compile_for = noting(text2images.OpenVINOUNet.compile_for)
 text2images.main()
 """
 

@@ -66,8 +66,6 @@ VARIANTS = {
     "int8-qat-bf16": Variant(QAT, ["--dtype", "bfloat16"]),
     "int8-ptq-unpaired": Variant(PTQ, ["--dtype", "float32", "--no_paired_guidance"]),
     "int8-qat-unpaired": Variant(QAT, ["--dtype", "float32", "--no_paired_guidance"]),
-    "int8-qat-high-precision-2": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "2"]),
-    "int8-qat-high-precision-5": Variant(QAT, ["--dtype", "float32", "--high_precision_steps", "5"]),
     "int8-qat-300-steps": Variant(SHORT),
     "int8-qat-1000-steps": Variant(["--max_train_steps=1000", "--use_ema"]),
     # the published recipe: quantized outputs, moving ranges, every layer; and its quantizers without training

@@ -3,7 +3,7 @@
 
 The other steps are fp32's. Errors are squared and relative to the variance of the latents, medians over the starts: one
 that lies on the border between two pictures says nothing of the others. All steps come first, then all steps with int8
-weights alone, as --high_precision_steps computes them, then the groups. Writes the list as JSON.
+weights alone, then the groups. Writes the list as JSON.
 
     python benchmarks/steps.py -qm demo/output/sdv1-5-qat_kd --output benchmarks/results/steps.json
 """
@@ -90,16 +90,17 @@ def measure(args: argparse.Namespace, settings: argparse.Namespace) -> list[dict
     """One row for all steps, one for all of them with int8 weights alone, one for each group."""
     pipeline = painter.load_pipeline(settings)
     pipeline.set_progress_bar_config(disable=True)
-    quantized = painter_settings(args, "-qm", args.quantized_model_name_or_path, "--high_precision_steps=1")
+    quantized = painter_settings(args, "-qm", args.quantized_model_name_or_path)
     unets = [pipeline.unet, painter.load_pipeline(quantized).unet]
-    precision = painter.PrecisionSwitch(unets[1], 0)
+    float_inputs = painter.load_pipeline(quantized).unet
+    float_inputs.quantize_inputs = False
     every, ends = range(args.num_inference_steps), [*args.groups[1:], args.num_inference_steps]
     groups = [(range(*group), False) for group in zip(args.groups, ends)]
     expected = finished_latents(pipeline, unets, range(0), settings)
     rows = []
     for steps, weights_alone in [(every, False), (every, True), *groups]:
-        precision.set(weights_alone)
-        errors = (finished_latents(pipeline, unets, steps, settings) - expected).square().flatten(1).mean(dim=1)
+        these = [unets[0], float_inputs] if weights_alone else unets
+        errors = (finished_latents(pipeline, these, steps, settings) - expected).square().flatten(1).mean(dim=1)
         error = (errors / expected.var()).median().item()
         rows.append({"first": steps.start, "last": steps.stop - 1, "weights_alone": weights_alone, "error": error})
         rows[-1]["percent"] = 100 * error / rows[0]["error"]

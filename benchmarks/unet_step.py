@@ -137,17 +137,18 @@ def diffusers_step(args: argparse.Namespace, dtype: torch.dtype) -> Step:
     return lambda: unet(*inputs, return_dict=False)
 
 
-def our_step(args: argparse.Namespace, compiled: bool, paired: bool = True) -> Step:
-    payload = text2images.read_quant_model(write_ours(args))
-    around = argparse.Namespace(dtype="auto", quantized_model_name_or_path=Path("given"))
-    dtype = text2images.choose_dtype(around)
-    unet = text2images.build_int8_unet(payload, dtype, torch.device("cpu"))
-    if paired:
-        text2images.pair_guidance(unet)
-    if compiled:
-        text2images.compile_unet(unet)
-    inputs = example(args, unet.config, dtype)
-    return lambda: unet(*inputs, return_dict=False)
+def our_step(args: argparse.Namespace, *flags: str) -> Step:
+    """As text2images.py runs it: compiled for this very shape."""
+    file = write_ours(args)
+    given = text2images.parse_args(["-m", "given", "-c", "given", "-qm", str(file), *flags])
+    unet = text2images.OpenVINOUNet(text2images.read_quant_model(file), given, {"PERF_COUNT": args.profile})
+    inputs = example(args, unet.config, torch.float32)
+
+    def step() -> Any:
+        unet(*inputs)
+        return unet.compiled[-1]
+
+    return step
 
 
 def original_step(args: argparse.Namespace) -> Step:
@@ -189,10 +190,9 @@ def openvino_step(args: argparse.Namespace, int8: bool) -> Step:
 VARIANTS: dict[str, Callable[[argparse.Namespace], Step]] = {
     "diffusers fp32": lambda args: diffusers_step(args, torch.float32),
     "diffusers bf16": lambda args: diffusers_step(args, torch.bfloat16),
-    "int8": lambda args: our_step(args, compiled=False),
-    "int8 --compile": lambda args: our_step(args, compiled=True),
-    "int8 --no_paired_guidance": lambda args: our_step(args, compiled=False, paired=False),
-    "int8 --compile --no_paired_guidance": lambda args: our_step(args, compiled=True, paired=False),
+    "int8": our_step,
+    "int8 --no_paired_guidance": lambda args: our_step(args, "--no_paired_guidance"),
+    "int8 --dtype float32": lambda args: our_step(args, "--dtype", "float32"),
     "original recipe": original_step,
     "openvino bf16": lambda args: openvino_step(args, int8=False),
     "openvino int8": lambda args: openvino_step(args, int8=True),
@@ -257,7 +257,7 @@ def profile(name: str, step: Step, top: int = 12) -> list[dict[str, Any]]:
     """The operators that one step's time goes to, longest first."""
     seconds: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    if name.startswith("openvino"):
+    if name.startswith(("openvino", "int8")):
         for node in step().profiling_info:
             operator = f"{node.node_type} ({node.exec_type})"
             seconds[operator] += node.real_time.total_seconds()
@@ -348,7 +348,6 @@ def print_tables(rows: list[dict[str, Any]], profiles: dict[str, list[dict[str, 
 def main() -> None:
     args = parse_args()
     logging.basicConfig(level=logging.WARNING)
-    text2images.keep_freed_memory()  # for all variants, though diffusers by itself does not
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if args.alone is not None:
         return run_alone(args.alone, args)

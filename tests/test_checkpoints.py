@@ -46,9 +46,10 @@ def refusal(script: ModuleType, checkpoint: Path | str, *flags: str) -> str:
 
 
 def paint(checkpoint: Path, output_dir: Path, *flags: str) -> np.ndarray:
-    """The picture of seed 42."""
+    """The picture of seed 42; int8 by the path that needs no conversion."""
     command = ["-m", checkpoint, "-c", "a hill", "--num_inference_steps", "6", "--output_dir", output_dir]
-    text2images.main([*map(str, command), "--dtype", "float32", *flags])
+    engine = ["--engine", "torch"] if "-qm" in flags else []
+    text2images.main([*map(str, command), "--dtype", "float32", *engine, *flags])
     (picture,) = output_dir.glob("*seed 42.png")
     return np.asarray(Image.open(picture), dtype=float)
 

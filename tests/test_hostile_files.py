@@ -199,7 +199,7 @@ def write_hostile_files(quant_model: Path, folder: Path, trace: Path) -> dict[st
         (
             "bomb",
             {"conv_out.weight_scale": torch.ones(10**6), "conv_out.input_factor": torch.ones(64)},
-            "conv_out.weight_scale or input_factor does not fit its weight",
+            "conv_out.input_factor is float32 [64], not float32 [32]",
         ),
     ]:
         changed = with_checksum({**payload, "state_dict": {**state_dict, **changes}})

@@ -13,7 +13,6 @@ import torch
 
 import text2images
 import train_text_to_image_qat as trainer
-from test_text2images import needs_kernels
 from test_train_text_to_image_qat import unet_inputs
 
 BOLD = ["--use_ema", "--learning_rate", "3e-2", "--quantizer_learning_rate", "0.1"]  # every step shows
@@ -35,7 +34,6 @@ def exported(train, tmp_path: Path, monkeypatch) -> argparse.Namespace:
     return seen
 
 
-@needs_kernels
 @torch.no_grad()
 def test_int8_unet_from_the_file_computes_what_the_averaged_student_did(exported: argparse.Namespace) -> None:
     """At any batch and picture size. Sums in another order move single values over a rounding border, no more."""
@@ -51,23 +49,6 @@ def test_int8_unet_from_the_file_computes_what_the_averaged_student_did(exported
         others = unet(*inputs)[0], exported.live(*inputs).sample, torch.zeros_like(expected)
         int8, live, nothing = ((output - expected).square().mean().sqrt() for output in others)
         assert int8 < 0.03 * nothing and int8 < 0.3 * live, (batch, height, width)
-
-
-@needs_kernels
-@torch.no_grad()
-def test_no_int8_convolution_has_to_turn_its_input_round(exported: argparse.Namespace) -> None:
-    payload = text2images.read_quant_model(exported.path)
-    unet = text2images.build_int8_unet(payload, torch.float32, torch.device("cpu"))
-    turned = {}
-    for name, layer in unet.named_modules():
-        if isinstance(layer, text2images.Int8Conv2d):
-            layer.register_forward_pre_hook(
-                lambda layer, args, name=name: turned.update(
-                    {name: not args[0].is_contiguous(memory_format=torch.channels_last)}
-                )
-            )
-    unet(*unet_inputs())
-    assert len(turned) > 10 and not any(turned.values()), [name for name in turned if turned[name]]
 
 
 def test_scales_of_the_file_are_those_of_the_averaged_weights_and_ranges(exported: argparse.Namespace) -> None:
