@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny layers: a second thread costs more t
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import faulthandler
+import gc
 import multiprocessing
 import resource
 import runpy
@@ -37,6 +38,9 @@ FORKS = multiprocessing.get_context("forkserver")  # starts processes that have 
 FORKS.set_forkserver_preload(["train_text_to_image_qat", "tensorboard", "datasets"])
 
 torch.set_num_threads(1)
+# A forked data worker that collects OpenVINO's objects, left by an earlier test, hangs or crashes: it lacks their
+# threads. What was there before a fork is not collected after it.
+os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 
 
 def tiny_unet() -> UNet2DConditionModel:
