@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -467,6 +468,16 @@ def import_openvino() -> Any:
     return openvino
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """The process's only Core, which is never freed.
+
+    OpenVINO 2026.4 gives the main thread a stack for signal handlers that belongs to the Core: where one of several is
+    freed, the next signal, Ctrl-C say, kills the process.
+    """
+    return import_openvino().Core()
+
+
 def trace(
     compute: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], sizes: dict[str, list[int]], output: str
 ) -> Any:
@@ -589,7 +600,7 @@ class OpenVINOUNet(UNet2DConditionModel):
         ModelMixin.__init__(self)  # without the layers
         self.register_to_config(**settings_of_unet(payload))
         self.register_buffer("none", torch.empty(0))  # the pipeline asks for a device and a dtype
-        self.args, self.core = args, import_openvino().Core()
+        self.args, self.core = args, openvino_core()
         self.settings = openvino_settings(args) | (more_settings or {})
         try:
             self.quantize_inputs = kernels_are_exact(args.device)
@@ -711,7 +722,7 @@ def kernels_are_exact(device: str) -> bool:
         int8.input_scale, int8.input_zero_point = torch.tensor(1.0), torch.tensor(7)
         int8.make_ready()
         model = trace(int8, {"x": x}, {"x": list(x.shape)}, "y")
-        compiled = import_openvino().compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino_core().compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32"})
         if not np.allclose(compiled([x.numpy()])[0], int8(x)):
             return False
     return True
@@ -1157,7 +1168,7 @@ def save_openvino(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -
     text = trace(lambda ids: encoder(ids)[0], ids, {"input_ids": [-1, ids["input_ids"].shape[1]]}, "last_hidden_state")
     sizes = {"latent_sample": [-1, vae.config.latent_channels, -1, -1]}
     decoder = trace(lambda latents: vae.decode(latents).sample, latents, sizes, "sample")
-    unet = ov.preprocess.PrePostProcessor(ov.Core().read_model(pipeline.unet.model_file()))
+    unet = ov.preprocess.PrePostProcessor(openvino_core().read_model(pipeline.unet.model_file()))
     unet.input("timestep").tensor().set_element_type(ov.Type.i64)  # as OpenVINO GenAI's samplers have it
     models = {"text_encoder": text, "unet": unet.build(), "vae_decoder": decoder}
 

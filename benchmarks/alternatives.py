@@ -215,7 +215,7 @@ class NncfUNet(painter.OpenVINOUNet):
     def compile_for(self, shapes: list[list[int]]) -> None:
         model = self.model.clone()
         model.reshape(dict(enumerate(shapes)))
-        compiled = painter.import_openvino().Core().compile_model(model, "CPU", self.settings)
+        compiled = painter.openvino_core().compile_model(model, "CPU", self.settings)
         self.shapes, self.compiled = shapes, [compiled.create_infer_request()]
 
 

@@ -108,7 +108,7 @@ def write_openvino(args: argparse.Namespace, int8: bool) -> Path:
     if int8:
         import nncf
 
-        model = ov.Core().read_model(write_openvino(args, int8=False))
+        model = text2images.openvino_core().read_model(write_openvino(args, int8=False))
         config = UNet2DConditionModel.load_config(write_unet(args))
         inputs = [tensor.numpy() for tensor in example(args, config, torch.float32)]
         model = nncf.quantize(
@@ -174,11 +174,11 @@ def openvino_step(args: argparse.Namespace, int8: bool, dtype: str = "bfloat16")
     """Compiled for this very shape, with the settings that ours has."""
     config = UNet2DConditionModel.load_config(write_unet(args))
     inputs = [tensor.numpy() for tensor in example(args, config, torch.float32)]
-    model = text2images.import_openvino().Core().read_model(write_openvino(args, int8))
+    model = text2images.openvino_core().read_model(write_openvino(args, int8))
     model.reshape({number: list(array.shape) for number, array in enumerate(inputs)})
     given = text2images.parse_args(["-m", "given", "-c", "given", "-qm", "given", "--dtype", dtype])
     settings = text2images.openvino_settings(given) | {"PERF_COUNT": args.profile}
-    request = text2images.import_openvino().Core().compile_model(model, "CPU", settings).create_infer_request()
+    request = text2images.openvino_core().compile_model(model, "CPU", settings).create_infer_request()
 
     def step() -> Any:
         request.infer(inputs)

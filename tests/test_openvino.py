@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +40,7 @@ def relative(output: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def run_openvino(model: object, *inputs: torch.Tensor) -> torch.Tensor:
-    compiled = text2images.import_openvino().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = text2images.openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return torch.from_numpy(compiled([tensor.numpy() for tensor in inputs])[0])
 
 
@@ -152,6 +154,18 @@ def test_older_cpus_paint_the_same_picture_and_say_how(
     text2images.main([*map(str, flags), "--output_dir", str(tmp_path / "newer")])
     name = "a int8 seed 42.png"
     assert decibels(pixels(tmp_path / "older" / name), pixels(tmp_path / "newer" / name)) > 45
+
+
+def test_a_signal_after_unets_have_come_and_gone_reaches_its_handler(settings: list[str]) -> None:
+    """With a Core each, freed in this order, the process died of it."""
+    first, second = openvino_unet(settings), openvino_unet(settings)
+    del first, second
+    gc.collect()
+    arrived, handler = [], signal.getsignal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, lambda *_: arrived.append(1))
+    signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, handler)
+    assert arrived
 
 
 # ---------------------------------------------------------------- which engine, which device
