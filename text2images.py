@@ -47,12 +47,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 logger = logging.getLogger("text2images")
 
@@ -74,6 +75,10 @@ TRAINED_WITH += ("rescale_betas_zero_snr", "original_inference_steps")
 SAMPLER_SETTINGS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}
 # Pipelines of the same parts; a checkpoint may have been saved by any of them.
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline")
+PIPELINES += ("StableDiffusionXLPipeline",)
+TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")  # the latter two of SDXL alone
+WITHOUT_WEIGHTS = ("tokenizer", "scheduler")  # names of parts begin so
+KNOWN_CONDITIONING = (("encoder_hid_dim_type", "text_proj"), ("addition_embed_type", "text_time"))  # of UNets
 VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE")
 LFS_START = b"version https://git-lfs"
 LFS_POINTER = "a pointer of Git LFS, not the file itself: git lfs pull brings it"
@@ -772,7 +777,7 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     """The checkpoint's pipeline, with the int8 UNet in place of its own where -qm is given.
 
     Raises:
-        UsageError: no Stable Diffusion 1.x/2.x there, a part is damaged, or the file is for another architecture.
+        UsageError: no Stable Diffusion there, a part is damaged, or the file is for another architecture.
     """
     name, dtype = checkpoint_name(args), choose_dtype(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -782,11 +787,11 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     unet_config = load_unet_config(name, args)
     if args.quantized_model_name_or_path is not None:
         payload = read_quant_model(args.quantized_model_name_or_path)
+        check_kind(payload, index, name)
         check_architecture(payload, unet_config, name)
-    names = ("tokenizer", "text_encoder", "vae", "scheduler")
-    parts = {part: load_part(name, index, part, args, dtype) for part in names}
-    check_parts(parts["tokenizer"], parts["text_encoder"], parts["vae"], unet_config, name)
-    check_clip_skip(parts["text_encoder"], args)
+    parts = {part: load_part(name, index, part, args, dtype) for part in [*text_parts(index), "vae", "scheduler"]}
+    check_parts(parts, unet_config, name)
+    check_clip_skip(text_encoders(parts), args)
     parts["scheduler"] = choose_scheduler(parts["scheduler"], args)
     if args.quantized_model_name_or_path is not None:
         parts["unet"] = build_int8_unet(payload, dtype, device)
@@ -831,8 +836,48 @@ def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
         reason = damaged if folder.exists() else f"no such folder, and not to be had from the hub: {first_line(error)}"
         raise UsageError(f"--pretrained_model_name_or_path {name}: {reason}") from error
     if kind not in PIPELINES:
-        raise UsageError(f"{name} is a {kind}; only StableDiffusionPipeline checkpoints (1.x, 2.x) are supported")
+        raise UsageError(f"{name} is a {kind}; only Stable Diffusion 1.x, 2.x and XL are supported")
     return index
+
+
+def is_xl(index: dict[str, Any]) -> bool:
+    return "XL" in index["_class_name"]
+
+
+def pipeline_kind(index: dict[str, Any]) -> str:
+    """Of which quant_model.pt is."""
+    return "StableDiffusionXLPipeline" if is_xl(index) else "StableDiffusionPipeline"
+
+
+def text_parts(index: dict[str, Any]) -> tuple[str, ...]:
+    """Tokenizer and text encoder, or two of each."""
+    return TEXT_PARTS if is_xl(index) else TEXT_PARTS[:2]
+
+
+def text_encoders(parts: dict[str, Any]) -> list[PreTrainedModel]:
+    return [part for name, part in parts.items() if name.startswith("text_encoder")]
+
+
+def make_pipeline(index: dict[str, Any], parts: dict[str, Any]) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """diffusers' pipeline of the parts, without a safety checker."""
+    if is_xl(index):
+        zeros = index.get("force_zeros_for_empty_prompt", True)
+        return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts, **rest)
+
+
+def encode_captions(encoders: list[PreTrainedModel], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the UNet is told of captions, whose ids are [B, encoders, L]: encoder_hidden_states [B, L, D].
+
+    SDXL (arXiv 2307.01952) joins what the last layer but one of both encoders gives, and has text_embeds [B, P] of the
+    second one besides.
+    """
+    if len(encoders) == 1:
+        return {"encoder_hidden_states": encoders[0](input_ids[:, 0])[0]}
+    outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, input_ids.unbind(dim=1))]
+    hidden_states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return {"encoder_hidden_states": hidden_states, "text_embeds": outputs[-1][0]}
 
 
 def no_checkpoint(path: Path) -> str:
@@ -870,7 +915,7 @@ def load_part(
     options: dict[str, Any] = {"subfolder": part, "revision": args.revision, "cache_dir": args.cache_dir}
     missing = []
     try:
-        if part in ("tokenizer", "scheduler"):
+        if part.startswith(WITHOUT_WEIGHTS):
             return getattr(found, kind).from_pretrained(name, **options)
         options |= {"dtype": dtype, "output_loading_info": True}
         try:
@@ -913,7 +958,7 @@ def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseEx
         if not file.stat().st_size:
             return f"{part}/{file.name} is empty: copy it again"
     there = variants(folder)
-    if part not in ("tokenizer", "scheduler") and (folder / "config.json").is_file() and not there & {variant, None}:
+    if not part.startswith(WITHOUT_WEIGHTS) and (folder / "config.json").is_file() and not there & {variant, None}:
         found = f"only the variant {max(there)}: give --variant {max(there)}" if there else "no weights: copy them"
         return f"its {part} has {found}"
     if isinstance(error, ImportError):
@@ -926,7 +971,7 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The settings of the checkpoint's UNet.
 
     Raises:
-        UsageError: there are none, or its inputs are not those of Stable Diffusion 1.x/2.x.
+        UsageError: there are none, or its inputs are not those of Stable Diffusion.
     """
     try:
         options = {"revision": args.revision, "cache_dir": args.cache_dir}
@@ -935,32 +980,68 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"{name}: {part_problem(Path(name), 'unet', args.variant, error)}") from error
     more = "class_embed_type num_class_embeds addition_embed_type class_embeddings_concat dual_cross_attention"
     for key in [*more.split(), "encoder_hid_dim_type"]:
-        if config.get(key) and config[key] != "text_proj":
+        if config.get(key) and (key, config[key]) not in KNOWN_CONDITIONING:
             raise UsageError(f"{name}: its UNet wants more than a caption ({key}), which is not supported")
     if config.get("out_channels", 4) != config.get("in_channels", 4):
         raise UsageError(f"{name}: its UNet takes and gives other numbers of channels: only text-to-image models work")
     return config
 
 
-def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[str, Any], name: str) -> None:
-    """The parts must fit each other; gives the tokenizer the length that the text encoder reads.
+def check_parts(parts: dict[str, Any], unet_config: dict[str, Any], name: str) -> None:
+    """The parts must fit each other; gives the tokenizers the length that the text encoders read.
 
     Raises:
-        UsageError: they do not, or the tokenizer has lost its vocabulary.
+        UsageError: they do not, or a tokenizer has lost its vocabulary.
     """
+    vae, encoders, ids = parts["vae"], text_encoders(parts), []
+    for part in filter(parts.get, TEXT_PARTS[::2]):
+        check_tokenizer(parts[part], parts[part.replace("tokenizer", "text_encoder")], part, name)
+        ids.append(parts[part]("a", padding="max_length", truncation=True, return_tensors="pt").input_ids)
+    channels = unet_config.get("in_channels", 4)
+    if channels != vae.config.latent_channels:
+        made = f"its UNet takes {channels} channels, its VAE makes {vae.config.latent_channels}"
+        raise UsageError(f"{name}: {made}: only text-to-image models are supported, with the VAE that belongs to them")
+    if not vae.config.get("scaling_factor"):
+        raise UsageError(f"{name}: its VAE names no scaling_factor, which vae/config.json must")
+    if vae.config.get("latents_mean") is not None:
+        raise UsageError(f"{name}: its VAE shifts its latents (latents_mean), which is not supported")
+    if len({tensor.shape for tensor in ids}) > 1:
+        raise UsageError(f"{name}: its tokenizers make {' and '.join(str(len(tensor[0])) for tensor in ids)} tokens")
+    width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", 1280)
+    widths = set(width) if isinstance(width, (list, tuple)) else {width}
+    with torch.no_grad():
+        told = encode_captions(encoders, torch.stack(ids, dim=1))
+    made = list(told["encoder_hidden_states"].shape)
+    if len(made) != 3 or widths != {made[2]}:
+        kinds, wanted = " and ".join(type(encoder).__name__ for encoder in encoders), f"[1, {made[1]}, {max(widths)}]"
+        raise UsageError(f"{name}: its text encoder, {kinds}, makes {made} of a caption, its UNet reads {wanted}")
+    pooled, added = told.get("text_embeds"), unet_config.get("addition_embed_type")
+    if (pooled is not None) != (added == "text_time"):
+        raise UsageError(f"{name}: its UNet has addition_embed_type {added}: it belongs to another kind of pipeline")
+    if pooled is not None:
+        made = list(pooled.shape)
+        wanted = unet_config.get("projection_class_embeddings_input_dim", 0)
+        wanted -= 6 * (unet_config.get("addition_time_embed_dim") or 0)  # of sizes and crop
+        if made != [1, wanted]:
+            problem = f"{type(encoders[-1]).__name__}, pools a caption to {made}, its UNet reads [1, {wanted}]"
+            raise UsageError(f"{name}: its second text encoder, {problem}")
+
+
+def check_tokenizer(tokenizer: Any, text_encoder: Any, part: str, name: str) -> None:
+    """Part of check_parts; `part` is what the checkpoint calls the tokenizer."""
     vocabulary = tokenizer.get_vocab()
     own = [token for token in list(vocabulary)[:1000] if token not in tokenizer.all_special_tokens]
     if tokenizer.pad_token is None:
-        raise UsageError(f"{name}: its tokenizer has no pad_token, which tokenizer/tokenizer_config.json must name")
+        raise UsageError(f"{name}: its {part} has no pad_token, which {part}/tokenizer_config.json must name")
     if len({frozenset(ids) for ids in tokenizer(TEST_WORDS + own).input_ids}) == 1:
-        raise UsageError(f"{name}: its tokenizer knows no words: copy the folder tokenizer with its vocabulary again")
+        raise UsageError(f"{name}: its {part} knows no words: copy the folder {part} with its vocabulary again")
     words = [token[:-4] for token in vocabulary if re.fullmatch("[a-z]{3,}</w>", token)][:1000]
     if words and sum(len(ids) > 1 for ids in tokenizer(words, add_special_tokens=False).input_ids) > len(words) / 2:
-        raise UsageError(f"{name}: its tokenizer spells the words that it has: copy tokenizer/merges.txt again")
+        raise UsageError(f"{name}: its {part} spells the words that it has: copy {part}/merges.txt again")
     highest, readable = max(vocabulary.values()), text_encoder.get_input_embeddings().num_embeddings
     if highest >= readable:
         raise UsageError(
-            f"{name}: its tokenizer has ids up to {highest}, its text encoder reads {readable} of them: they are of "
+            f"{name}: its {part} has ids up to {highest}, its text encoder reads {readable} of them: they are of "
             "different checkpoints, or tokens were added without resize_token_embeddings"
         )
     positions = getattr(text_encoder.config, "max_position_embeddings", None)
@@ -970,29 +1051,14 @@ def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[s
     tokenizer.model_max_length = min(own_length if own_length > 2 else math.inf, positions or 77)
     if getattr(text_encoder.config, "use_attention_mask", False):
         raise UsageError(f"{name}: its text encoder wants attention masks, which are not supported")
-    channels = unet_config.get("in_channels", 4)
-    if channels != vae.config.latent_channels:
-        made = f"its UNet takes {channels} channels, its VAE makes {vae.config.latent_channels}"
-        raise UsageError(f"{name}: {made}: only text-to-image models are supported, with the VAE that belongs to them")
-    if not vae.config.get("scaling_factor"):
-        raise UsageError(f"{name}: its VAE names no scaling_factor, which vae/config.json must")
-    width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", 1280)
-    widths = set(width) if isinstance(width, (list, tuple)) else {width}
-    ids = tokenizer("a", padding="max_length", truncation=True, return_tensors="pt").input_ids
-    with torch.no_grad():
-        made = list(text_encoder(ids)[0].shape)
-    if len(made) != 3 or widths != {made[2]}:
-        kind, wanted = type(text_encoder).__name__, f"[1, {made[1]}, {max(widths)}]"
-        raise UsageError(f"{name}: its text encoder, {kind}, makes {made} of a caption, its UNet reads {wanted}")
 
 
 def add_safety_checker(
     name: str, index: dict[str, Any], parts: dict[str, Any], dtype: torch.dtype, args: argparse.Namespace
 ) -> StableDiffusionPipeline:
     """The pipeline of the parts, with the checkpoint's safety checker, if it has one and --disable_... is not given."""
-    if args.disable_safety_checker or not (index.get("safety_checker") or [None])[0]:
-        rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return StableDiffusionPipeline(**parts, **rest)
+    if args.disable_safety_checker or not (index.get("safety_checker") or [None])[0]:  # SDXL has none
+        return make_pipeline(index, parts)
     options = {"revision": args.revision, "cache_dir": args.cache_dir, "dtype": dtype}
     if args.variant in variants(Path(name, "safety_checker")):
         options["variant"] = args.variant
@@ -1057,16 +1123,18 @@ def try_scheduler(scheduler: Any, args: argparse.Namespace) -> None:
         ) from error
 
 
-def check_clip_skip(text_encoder: Any, args: argparse.Namespace) -> None:
+def check_clip_skip(encoders: list[PreTrainedModel], args: argparse.Namespace) -> None:
     if args.clip_skip is None:
         return
-    if not hasattr(text_encoder, "final_layer_norm"):
-        raise UsageError(f"--clip_skip is for CLIP: the checkpoint's text encoder is a {type(text_encoder).__name__}")
-    layers = text_encoder.config.num_hidden_layers
-    if args.clip_skip >= layers:
-        raise UsageError(f"--clip_skip {args.clip_skip}: the text encoder has {layers} layers")
+    for encoder in encoders:
+        if not encoder.config.model_type.startswith("clip"):
+            raise UsageError(f"--clip_skip is for CLIP: the checkpoint's text encoder is a {type(encoder).__name__}")
+        layers = encoder.config.num_hidden_layers
+        if args.clip_skip >= layers:
+            raise UsageError(f"--clip_skip {args.clip_skip}: the text encoder has {layers} layers")
     # where diffusers looks for the layer norm, and transformers 5 no longer has it; as no module of its own, no part
-    text_encoder.__dict__["text_model"] = text_encoder
+    if not hasattr(encoders[0], "text_model"):
+        encoders[0].__dict__["text_model"] = encoders[0]
 
 
 def guidance_doubles(pipeline: StableDiffusionPipeline) -> bool:
@@ -1112,6 +1180,14 @@ def compile_unet(unet: UNet2DConditionModel) -> None:
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
     unet.forward = torch.compile(unet.forward)
     logger.info("compiling the UNet at the first step; this takes minutes unless it is cached")
+
+
+def check_kind(payload: dict[str, Any], index: dict[str, Any], name: str) -> None:
+    """The file's pipeline must be the checkpoint's."""
+    kind = payload.get("pipeline", "StableDiffusionPipeline")
+    if kind != pipeline_kind(index):
+        made = f"-qm is for a {shown(kind)}, trained from {shown(payload.get('base_model'))}"
+        raise UsageError(f"{made}; -m {name} is a {pipeline_kind(index)}")
 
 
 def check_architecture(payload: dict[str, Any], base_config: dict[str, Any], name: str) -> None:
@@ -1219,7 +1295,9 @@ def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Nam
     vae = pipeline.vae
     decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
     finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
-    decoded, flagged = pipeline.run_safety_checker(torch.nan_to_num(decoded), pipeline.device, vae.dtype)
+    decoded, flagged = torch.nan_to_num(decoded), None
+    if hasattr(pipeline, "run_safety_checker"):  # SDXL has none
+        decoded, flagged = pipeline.run_safety_checker(decoded, pipeline.device, vae.dtype)
     shown = [not flag for flag in flagged or [False] * len(jobs)]  # the checker's black is 0 of 0..1, not of -1..1
     images = pipeline.image_processor.postprocess(decoded, output_type="pil", do_denormalize=shown)
     seconds = (time.perf_counter() - began) / len(jobs)

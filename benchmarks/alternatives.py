@@ -45,7 +45,7 @@ def calibrate_by_painting(student, pipeline, dataset, accelerator, args) -> None
         generator = trainer.generator_for(args.seed, "calibration", batch)
         rows = torch.randint(len(dataset), (4,), generator=generator).tolist()
         input_ids = dataset.tokenize([""] * 4 + [dataset.rows[row][1] for row in rows])
-        encoder_hidden_states = pipeline.text_encoder(input_ids)[0]
+        encoder_hidden_states = pipeline.text_encoders[0](input_ids[:, 0])[0]
         latents = torch.randn((4, student.config.in_channels, edge, edge), generator=generator)
         for timestep in scheduler.timesteps:
             with accelerator.autocast():
@@ -172,7 +172,7 @@ def published() -> None:
             if isinstance(module, FakeQuantize):
                 module.enable_fake_quant()
 
-    def save(run: trainer.Trainer, config: Any, args: Any) -> None:
+    def save(run: trainer.Trainer, config: Any, pipeline: Any, args: Any) -> None:
         if run.ema is not None:
             run.ema.copy_to(run.student.parameters())
         torch.save(run.student.state_dict(), args.output_dir / "quant_model.pt")
