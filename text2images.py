@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Paint captions with Stable Diffusion, with the int8 UNet of quant_model.pt or the full-precision one.
 
-Reads a Stable Diffusion folder (or hub id) and, with -qm, the file that
+Reads a Stable Diffusion folder (or hub id, or one .safetensors file) and, with -qm, the file that
 train_text_to_image_qat.py wrote. Writes one PNG a picture, one grid a caption, and a row a
 picture in results.jsonl. The same seed gives the same noise to both UNets.
 
@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import functools
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -48,10 +50,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders import single_file_utils
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -82,7 +86,8 @@ KNOWN_CONDITIONING = (("encoder_hid_dim_type", "text_proj"), ("addition_embed_ty
 VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE")
 LFS_START = b"version https://git-lfs"
 LFS_POINTER = "a pointer of Git LFS, not the file itself: git lfs pull brings it"
-SINGLE_FILES = (".safetensors", ".ckpt")  # whole checkpoints, which are not read
+SINGLE_FILES = (".safetensors", ".ckpt")  # whole checkpoints; the latter are pickles, which are not read
+SINGLE_FILE_KINDS = ("v1", "v2", "xl_base")  # as diffusers calls them
 # A tokenizer gives some of these different ids, unless it has lost its vocabulary.
 TEST_WORDS = ["cat", "house", "sky", "water", "кот", "небо", "家", "空", "水", "集"]
 MAX_NAME_BYTES = 150  # of the caption in a file name; file systems allow 255 for the whole
@@ -109,7 +114,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
-    add("-m", "--pretrained_model_name_or_path", required=True, help="diffusers folder or hub id of Stable Diffusion")
+    text = "Stable Diffusion 1.x, 2.x or XL: a diffusers folder, a hub id, or one FILE.safetensors"
+    add("-m", "--pretrained_model_name_or_path", required=True, help=text)
+    text = "folder or hub id that a single file's settings and tokenizers come from; by default what its keys tell"
+    add("--config", metavar="FOLDER", help=text)
     add("-qm", "--quantized_model_name_or_path", type=Path, help="quant_model.pt, or the folder it is in")
     add("--variant", help="file variant of the checkpoint's weights, as in fp16")
     add("--revision", help="git revision of the hub model")
@@ -820,24 +828,75 @@ def has_betas(scheduler: Any) -> bool:
 
 def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """model_index.json, which names the class of the pipeline and of each part."""
-    folder = Path(name)
-    if "://" in name:
-        raise UsageError(f"--pretrained_model_name_or_path {name}: give a hub id such as owner/model, or a folder")
+    source = settings_source(name, args)
+    folder, given = Path(source), f"--pretrained_model_name_or_path {name}"
+    if source != name:
+        given += f", --config {source}" if args.config else f", whose settings are those of {source}"
+    elif args.config:
+        raise UsageError(f"--config is for a single .safetensors file, which {name} is not: leave it out")
+    if "://" in source:
+        raise UsageError(f"{given}: give a hub id such as owner/model, or a folder")
     if (folder.exists() or folder.suffix in SINGLE_FILES) and not (folder / "model_index.json").is_file():
-        raise UsageError(f"--pretrained_model_name_or_path {name}: {no_checkpoint(folder)}")
-    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UsageError(f"--pretrained_model_name_or_path {name}: no such folder, and no hub id such as owner/model")
+        raise UsageError(f"{given}: {no_checkpoint(folder)}")
+    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise UsageError(f"{given}: no such folder, and no hub id such as owner/model")
     try:
-        options = {"revision": args.revision, "cache_dir": args.cache_dir}
-        index = dict(StableDiffusionPipeline.load_config(name, **options))
+        index = dict(StableDiffusionPipeline.load_config(source, **hub_options(args)))
         kind = index["_class_name"]
     except Exception as error:  # of the hub, of JSON, ...
         damaged = f"model_index.json is damaged, copy it again ({first_line(error)})"
         reason = damaged if folder.exists() else f"no such folder, and not to be had from the hub: {first_line(error)}"
-        raise UsageError(f"--pretrained_model_name_or_path {name}: {reason}") from error
+        remedy = ": give --config FOLDER, a checkpoint of its kind, of which no weights are needed" * (source != name)
+        raise UsageError(f"{given}: {reason}{remedy}") from error
     if kind not in PIPELINES:
-        raise UsageError(f"{name} is a {kind}; only Stable Diffusion 1.x, 2.x and XL are supported")
+        raise UsageError(f"{source} is a {kind}; only Stable Diffusion 1.x, 2.x and XL are supported")
+    if is_single_file(name) and is_xl(index) != is_xl_file(name):
+        raise UsageError(f"{name} is {'no ' * is_xl(index)}SDXL by its keys, but --config {source} is a {kind}")
     return index
+
+
+def hub_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"revision": args.revision, "cache_dir": args.cache_dir}
+
+
+def is_single_file(name: str) -> bool:
+    return name.endswith(SINGLE_FILES[0]) and Path(name).is_file()
+
+
+def settings_source(name: str, args: argparse.Namespace) -> str:
+    """Folder or hub id with the settings and tokenizers: the checkpoint itself, unless that is a single file.
+
+    Raises:
+        UsageError: the file is no Stable Diffusion.
+    """
+    if not is_single_file(name):
+        return name
+    if args.variant:
+        raise UsageError(f"--variant {args.variant} is for a folder, which {name} is not: leave it out")
+    kind = single_file_kind(name)
+    if args.config:
+        return args.config
+    if kind not in SINGLE_FILE_KINDS:
+        raise UsageError(f"{name} is a checkpoint of kind {kind}; only {', '.join(SINGLE_FILE_KINDS)} are supported")
+    return single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+
+
+def is_xl_file(name: str) -> bool:
+    return any(key.startswith("conditioner.embedders.1.") for key in load_file(name))
+
+
+@functools.cache
+def single_file_kind(name: str) -> str:
+    """What diffusers makes of its tensors' names and shapes."""
+    if is_lfs_pointer(name):
+        raise UsageError(f"{name} is {LFS_POINTER}")
+    try:
+        tensors = load_file(name)  # which maps them, and reads none
+    except Exception as error:  # a damaged file fails in many ways
+        raise UsageError(f"{name} is damaged ({first_line(error)}): copy it again") from error
+    if not any(key.startswith("model.diffusion_model.") for key in tensors):
+        raise UsageError(f"{name} is no whole checkpoint of Stable Diffusion: it has no model.diffusion_model")
+    return single_file_utils.infer_diffusers_model_type(tensors)
 
 
 def is_xl(index: dict[str, Any]) -> bool:
@@ -888,12 +947,16 @@ def no_checkpoint(path: Path) -> str:
         return f"the checkpoint is one level down: give {nested[0]}"
     if (path.parent / "model_index.json").is_file():
         return f"a part of a checkpoint: give the whole, {path.parent}"
-    if single:
+    if single and single[0].suffix == SINGLE_FILES[0] and single[0].is_file():
+        return f"a folder without model_index.json: give the file in it, {single[0]}"
+    if single and single[0].is_file():
         convert = f"P.from_single_file('{single[0]}').save_pretrained('FOLDER')"
         return (
-            "a single file is not read; make a diffusers folder of it, and give that: "
+            f"{single[0].name} is a pickle, which could run code; where you trust it, make a diffusers folder of it: "
             f'python -c "from diffusers import StableDiffusionPipeline as P; {convert}"'
         )
+    if single:
+        return "no such file"
     return "no model_index.json in it: give the folder of a diffusers checkpoint, or a hub id"
 
 
@@ -912,11 +975,13 @@ def load_part(
     if kind is None or kind not in allowed or not hasattr(found, kind):
         known = f"not {' or '.join(allowed)}" if kind not in allowed else "a class that diffusers does not have"
         raise UsageError(f"{name}: its {part} is {kind and f'{library}.{kind}'}, {known}: it cannot be used here")
-    options: dict[str, Any] = {"subfolder": part, "revision": args.revision, "cache_dir": args.cache_dir}
+    options: dict[str, Any] = {"subfolder": part, **hub_options(args)}
     missing = []
     try:
         if part.startswith(WITHOUT_WEIGHTS):
-            return getattr(found, kind).from_pretrained(name, **options)
+            return getattr(found, kind).from_pretrained(settings_source(name, args), **options)
+        if is_single_file(name):
+            return aligned(from_single_file(name, index, part, args, dtype))
         options |= {"dtype": dtype, "output_loading_info": True}
         try:
             loaded, info = getattr(found, kind).from_pretrained(name, variant=args.variant, **options)
@@ -930,6 +995,28 @@ def load_part(
         raise UsageError(f"{name}: {part_problem(Path(name), part, args.variant, error)}") from error
     if missing:
         raise UsageError(f"{name}: its {part} lacks {len(missing)} tensors, such as {min(missing)}: copy it again")
+    return aligned(loaded)
+
+
+def aligned(model: nn.Module) -> nn.Module:
+    """With tensors where vector instructions want them, not as they lie in a file: sums may come in another order."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    return model
+
+
+def from_single_file(name: str, index: dict[str, Any], part: str, args: argparse.Namespace, dtype: torch.dtype) -> Any:
+    """A part with weights out of one file, in the original layout of Stable Diffusion, by diffusers."""
+    others = [other for other, named in index.items() if isinstance(named, (list, tuple)) and other != part]
+    whole = StableDiffusionXLPipeline if is_xl(index) else StableDiffusionPipeline
+    options = {"config": settings_source(name, args), **hub_options(args), **dict.fromkeys(others)}
+    try:
+        loaded = getattr(whole.from_single_file(name, dtype=dtype, **options), part)
+    except NotImplementedError as error:  # a tensor that the file lacks has no data to be moved
+        raise ValueError("it lacks tensors") from error
+    if any(tensor.is_meta for tensor in loaded.state_dict().values()):
+        raise ValueError("it lacks tensors")
     return loaded
 
 
@@ -948,6 +1035,8 @@ def is_lfs_pointer(path: str | Path) -> bool:
 def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseException) -> str:
     """Why a part could not be loaded, and what to do about it; libraries name neither the part nor the remedy."""
     folder = checkpoint / part
+    if checkpoint.is_file():
+        return f"its {part} could not be loaded: {first_line(error)}; is --config a checkpoint of the same kind?"
     if not checkpoint.is_dir():  # the hub's
         return f"its {part} could not be loaded: {first_line(error)}"
     if not folder.is_dir():
@@ -974,10 +1063,12 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
         UsageError: there are none, or its inputs are not those of Stable Diffusion.
     """
     try:
-        options = {"revision": args.revision, "cache_dir": args.cache_dir}
-        config = dict(UNet2DConditionModel.load_config(name, subfolder="unet", **options))
+        source = settings_source(name, args)
+        config = dict(UNet2DConditionModel.load_config(source, subfolder="unet", **hub_options(args)))
+    except UsageError:
+        raise
     except Exception as error:  # of the hub, of JSON, ...
-        raise UsageError(f"{name}: {part_problem(Path(name), 'unet', args.variant, error)}") from error
+        raise UsageError(f"{source}: {part_problem(Path(source), 'unet', args.variant, error)}") from error
     more = "class_embed_type num_class_embeds addition_embed_type class_embeddings_concat dual_cross_attention"
     for key in [*more.split(), "encoder_hid_dim_type"]:
         if config.get(key) and (key, config[key]) not in KNOWN_CONDITIONING:
@@ -1057,7 +1148,7 @@ def add_safety_checker(
     name: str, index: dict[str, Any], parts: dict[str, Any], dtype: torch.dtype, args: argparse.Namespace
 ) -> StableDiffusionPipeline:
     """The pipeline of the parts, with the checkpoint's safety checker, if it has one and --disable_... is not given."""
-    if args.disable_safety_checker or not (index.get("safety_checker") or [None])[0]:  # SDXL has none
+    if args.disable_safety_checker or is_single_file(name) or not (index.get("safety_checker") or [None])[0]:
         return make_pipeline(index, parts)
     options = {"revision": args.revision, "cache_dir": args.cache_dir, "dtype": dtype}
     if args.variant in variants(Path(name, "safety_checker")):

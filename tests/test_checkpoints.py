@@ -78,6 +78,7 @@ def save(folder: Path, **parts: Any) -> Path:
 def test_both_scripts_load_a_checkpoint_by_the_same_lines() -> None:
     names = "checkpoint_name load_index no_checkpoint load_part variants part_problem load_unet_config check_parts"
     names += " check_tokenizer is_xl pipeline_kind text_parts text_encoders make_pipeline encode_captions size_made_for"
+    names += " hub_options is_single_file settings_source is_xl_file single_file_kind from_single_file aligned"
     for name in [*names.split(), "first_line", "has_betas", "is_lfs_pointer"]:
         assert inspect.getsource(getattr(trainer, name)) == inspect.getsource(getattr(text2images, name)), name
     for name in (
@@ -302,9 +303,12 @@ def test_a_path_that_is_no_checkpoint_gets_the_remedy_that_fits(
     assert f"give the whole, {checkpoint}" in refusal(script, checkpoint / "unet")
     (checkpoint / "model_index.json").unlink()
     assert "no model_index.json in it" in refusal(script, checkpoint)
-    for name in ("model.safetensors", str(tmp_path / "model.ckpt"), str(tmp_path / "there.safetensors")):
-        (tmp_path / "there.safetensors").touch()
-        assert f"from_single_file('{name}')" in refusal(script, name)
+    for name in ("model.safetensors", str(tmp_path / "model.ckpt")):
+        assert "no such file" in refusal(script, name)
+    (tmp_path / "model.ckpt").touch()
+    assert "a pickle, which could run code; where you trust it" in refusal(script, tmp_path / "model.ckpt")
+    (checkpoint / "there.safetensors").touch()
+    assert f"give the file in it, {checkpoint / 'there.safetensors'}" in refusal(script, checkpoint)
     assert "no such folder" in refusal(script, tmp_path / "gone")
     assert "no such folder" in refusal(script, "owner/nothing-of-this-name")
     snapshot = tmp_path / "models--owner--name/snapshots/abc"
