@@ -49,7 +49,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -111,6 +111,22 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """The docstring as it stands, and every flag's default."""
 
 
+def lora_argument(text: str) -> tuple[Path, float]:
+    """PATH[:WEIGHT] of --lora."""
+    path, _, weight = text.rpartition(":")
+    try:
+        file, strength = (Path(path), float(weight)) if path else (Path(text), 1.0)
+    except ValueError:  # a colon in the path
+        file, strength = Path(text), 1.0
+    if file.suffix != ".safetensors":
+        raise argparse.ArgumentTypeError(f"{file} is no .safetensors, and what else holds a LoRA could run code")
+    if not file.is_file():
+        raise argparse.ArgumentTypeError(f"{file}: no such file")
+    if not math.isfinite(strength):
+        raise argparse.ArgumentTypeError(f"{text}: the weight must be a number, such as 0.8")
+    return file, strength
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
@@ -119,6 +135,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "folder or hub id that a single file's settings and tokenizers come from; by default what its keys tell"
     add("--config", metavar="FOLDER", help=text)
     add("-qm", "--quantized_model_name_or_path", type=Path, help="quant_model.pt, or the folder it is in")
+    text = "LoRAs (.safetensors of diffusers or kohya) that are fused into the model first, by this weight, else 1"
+    add("--lora", nargs="+", type=lora_argument, metavar="PATH[:WEIGHT]", help=text)
     add("--variant", help="file variant of the checkpoint's weights, as in fp16")
     add("--revision", help="git revision of the hub model")
     add("--cache_dir", help="where downloads are kept")
@@ -797,7 +815,9 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
         payload = read_quant_model(args.quantized_model_name_or_path)
         check_kind(payload, index, name)
         check_architecture(payload, unet_config, name)
-    parts = {part: load_part(name, index, part, args, dtype) for part in [*text_parts(index), "vae", "scheduler"]}
+        check_loras(payload, args)
+    first_dtype = torch.float32 if args.lora else dtype  # fused as in training
+    parts = {part: load_part(name, index, part, args, first_dtype) for part in [*text_parts(index), "vae", "scheduler"]}
     check_parts(parts, unet_config, name)
     check_clip_skip(text_encoders(parts), args)
     parts["scheduler"] = choose_scheduler(parts["scheduler"], args)
@@ -805,9 +825,13 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
         parts["unet"] = build_int8_unet(payload, dtype, device)
         del payload
     else:
-        parts["unet"] = load_part(name, index, "unet", args, dtype).to(memory_format=torch.channels_last)
+        parts["unet"] = load_part(name, index, "unet", args, first_dtype).to(memory_format=torch.channels_last)
     parts["vae"].to(memory_format=torch.channels_last)
-    pipeline = add_safety_checker(name, index, parts, dtype, args)
+    pipeline, int8 = add_safety_checker(name, index, parts, dtype, args), args.quantized_model_name_or_path is not None
+    if args.lora:
+        fuse_loras(pipeline, args, with_unet=not int8)
+        for part in [*text_encoders(parts), parts["vae"], *([] if int8 else [parts["unet"]])]:
+            part.to(dtype)
     pipeline.unet.register_to_config(sample_size=size_made_for(unet_config))  # int8 and fp32 alike
     pipeline._guidance_scale = args.guidance_scale  # for guidance_doubles
     if pairs_guidance(pipeline, args):
@@ -1163,6 +1187,74 @@ def add_safety_checker(
         raise UsageError(f"{name}: {problem}, or give --disable_safety_checker") from error
 
 
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fuse_loras(pipeline: DiffusionPipeline, args: argparse.Namespace, with_unet: bool = True) -> list[dict[str, Any]]:
+    """Add each --lora, times its weight, to the weights it is for; returns what quant_model.pt records of them.
+
+    Without the UNet, which has its own already where it is int8, only to those of the text encoders.
+
+    Raises:
+        UsageError: one is for another architecture, or in no format that diffusers reads.
+    """
+    records, parts = [], [part for part in ("unet", *TEXT_PARTS[1::2]) if getattr(pipeline, part, None) is not None]
+    for path, weight in args.lora or []:
+        options = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
+        try:
+            tensors, alphas, metadata = pipeline.lora_state_dict(
+                str(path.parent), unet_config=pipeline.unet.config, return_lora_metadata=True, **options
+            )
+        except Exception as error:  # of safetensors, of names that diffusers does not know, ...
+            problem = LFS_POINTER if is_lfs_pointer(path) else f"no LoRA that can be read ({first_line(error)})"
+            raise UsageError(f"--lora {path}: {problem}") from error
+        layers = {part: layers_of_lora(tensors, part) for part in parts}
+        strange = [name for name in tensors if name.split(".")[0] not in parts]
+        if strange or not any(layers.values()):
+            reason = f"it is for a {strange[0].split('.')[0]}" if strange else "it holds no layers"
+            raise UsageError(f"--lora {path} does not fit {args.pretrained_model_name_or_path}: {reason}")
+        fused = [part for part in parts if layers[part] and (with_unet or part != "unet")]
+        for part in fused:
+            load_lora(pipeline, part, tensors, alphas, metadata, path, layers[part])
+        if fused:
+            pipeline.fuse_lora(components=fused, lora_scale=weight)
+            pipeline.unload_lora_weights()
+        in_text = any(count for part, count in layers.items() if part != "unet")
+        records.append({"name": path.name, "weight": weight, "sha256": sha256(path), "text_encoder": in_text})
+        counts = [f"{layers[part]} layers of the {part}" for part in fused]
+        logger.info(f"fused {path.name}, weight {weight}: {', '.join(counts) or 'in the int8 UNet already'}")
+    return records
+
+
+def layers_of_lora(tensors: dict[str, torch.Tensor], part: str) -> int:
+    """How many of a part's layers it changes, in the names that diffusers has for it, old and new."""
+    return sum(name.startswith(f"{part}.") and name.endswith(("lora_A.weight", "down.weight")) for name in tensors)
+
+
+def load_lora(
+    pipeline: DiffusionPipeline, part: str, tensors: dict, alphas: Any, metadata: Any, path: Path, layers: int
+) -> None:
+    """Put the LoRA's layers beside those of a part.
+
+    Raises:
+        UsageError: the part has no such layers, or of other sizes.
+    """
+    model, options = getattr(pipeline, part), {"network_alphas": alphas, "metadata": metadata, "adapter_name": "lora"}
+    try:
+        if part == "unet":
+            pipeline.load_lora_into_unet(tensors, unet=model, **options)
+        else:
+            pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, prefix=part, **options)
+        found = sum(hasattr(module, "lora_A") for module in model.modules())
+        problem = f"{found} of its {layers} layers are there" if found != layers else None
+    except Exception as error:  # of peft, where no name or shape fits
+        problem = first_line(error)
+    if problem:
+        raise UsageError(f"--lora {path} does not fit the checkpoint's {part}: {problem[:200]}")
+
+
 def choose_scheduler(saved: Any, args: argparse.Namespace) -> Any:
     """The sampler that is asked for, or the checkpoint's own.
 
@@ -1292,6 +1384,29 @@ def check_architecture(payload: dict[str, Any], base_config: dict[str, Any], nam
                 f"-qm was trained from {shown(payload.get('base_model'))}, whose UNet has {key} {shown(ours)}; "
                 f"that of -m {name} has {shown(theirs)}"
             )
+
+
+def check_loras(payload: dict[str, Any], args: argparse.Namespace) -> None:
+    """The file's UNet holds the LoRAs that it was trained with; the text encoders get theirs from --lora.
+
+    Raises:
+        UsageError: --lora names others than the file, or none where the text encoders need them.
+    """
+    try:
+        theirs = sorted((str(lora["sha256"]), float(lora["weight"])) for lora in payload.get("loras", []))
+        flags = shown(" ".join(f"{lora['name']}:{lora['weight']}" for lora in payload.get("loras", [])))
+        in_text = any(lora["text_encoder"] for lora in payload.get("loras", []))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError("-qm is damaged, its loras are none; copy or train it again") from error
+    ours = sorted((sha256(path), weight) for path, weight in args.lora or [])
+    if ours == theirs:
+        return
+    if not theirs:
+        raise UsageError("--lora: the int8 UNet of -qm was trained without; leave it out, or train with --lora")
+    if ours or in_text:
+        why = "which changes the text encoder, too" if in_text else "which its int8 UNet holds"
+        raise UsageError(f"-qm was trained with --lora {flags}, {why}: give the same{', or none' * (not in_text)}")
+    logger.info(f"the int8 UNet holds the LoRA {flags}")
 
 
 def same_setting(ours: Any, theirs: Any) -> bool:
@@ -1500,6 +1615,7 @@ def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> di
         "paired_guidance": pairs_guidance(pipeline, args),
         "model": args.pretrained_model_name_or_path,
         "variant": args.variant,
+        "lora": [f"{path}:{weight}" for path, weight in args.lora or []],
         "quant_model": str(file) if file else None,
         "precision": "int8" if file else around,
         "dtype": around,

@@ -157,6 +157,8 @@ def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "folder or hub id that a single file's settings and tokenizers come from; by default what its keys tell"
     add("--config", metavar="FOLDER", help=text)
+    text = "LoRAs (.safetensors of diffusers or kohya) that are fused into the model first, by this weight, else 1"
+    add("--lora", nargs="+", type=lora_argument, metavar="PATH[:WEIGHT]", help=text)
     add("--revision", help="git revision of the hub model")
     add("--variant", help="file variant of the model's weights, as in fp16")
     add("--cache_dir", help="where downloads are kept")
@@ -246,6 +248,22 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--push_to_hub", action="store_true", help="upload quant_model.pt and the validation pictures")
     add("--hub_token", help="token to push with, if not the one of `hf auth login`")
     add("--hub_model_id", help="repository to push to, if not the name of --output_dir")
+
+
+def lora_argument(text: str) -> tuple[Path, float]:
+    """PATH[:WEIGHT] of --lora."""
+    path, _, weight = text.rpartition(":")
+    try:
+        file, strength = (Path(path), float(weight)) if path else (Path(text), 1.0)
+    except ValueError:  # a colon in the path
+        file, strength = Path(text), 1.0
+    if file.suffix != ".safetensors":
+        raise argparse.ArgumentTypeError(f"{file} is no .safetensors, and what else holds a LoRA could run code")
+    if not file.is_file():
+        raise argparse.ArgumentTypeError(f"{file}: no such file")
+    if not math.isfinite(strength):
+        raise argparse.ArgumentTypeError(f"{text}: the weight must be a number, such as 0.8")
+    return file, strength
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -422,6 +440,7 @@ class Pipeline:
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
     sampler: SchedulerMixin  # the checkpoint's own, for validation
+    loras: list[dict[str, Any]] = field(default_factory=list)  # that were fused into it, as quant_model.pt records them
 
     @property
     def tokenizers(self) -> list[Any]:
@@ -479,7 +498,11 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Pipelin
             in_fp32 = torch.autocast(accelerator.device.type, enabled=False)(getattr(vae, method))
             setattr(vae, method, in_fp32)
     unet = load_part(name, index, "unet", args)  # the largest, once all else is known to fit
-    return Pipeline(index, parts, unet, noise_scheduler, sampler)
+    pipeline = Pipeline(index, parts, unet, noise_scheduler, sampler)
+    if args.lora:
+        pipeline.loras = fuse_loras(pipeline.with_unet(unet), args)
+        unet.requires_grad_(True)  # again, after peft
+    return pipeline
 
 
 def load_schedulers(name: str, index: dict[str, Any], args: argparse.Namespace) -> tuple[SchedulerMixin, DDPMScheduler]:
@@ -831,6 +854,74 @@ def check_tokenizer(tokenizer: Any, text_encoder: Any, part: str, name: str) -> 
     tokenizer.model_max_length = min(own_length if own_length > 2 else math.inf, positions or 77)
     if getattr(text_encoder.config, "use_attention_mask", False):
         raise UsageError(f"{name}: its text encoder wants attention masks, which are not supported")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fuse_loras(pipeline: DiffusionPipeline, args: argparse.Namespace, with_unet: bool = True) -> list[dict[str, Any]]:
+    """Add each --lora, times its weight, to the weights it is for; returns what quant_model.pt records of them.
+
+    Without the UNet, which has its own already where it is int8, only to those of the text encoders.
+
+    Raises:
+        UsageError: one is for another architecture, or in no format that diffusers reads.
+    """
+    records, parts = [], [part for part in ("unet", *TEXT_PARTS[1::2]) if getattr(pipeline, part, None) is not None]
+    for path, weight in args.lora or []:
+        options = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
+        try:
+            tensors, alphas, metadata = pipeline.lora_state_dict(
+                str(path.parent), unet_config=pipeline.unet.config, return_lora_metadata=True, **options
+            )
+        except Exception as error:  # of safetensors, of names that diffusers does not know, ...
+            problem = LFS_POINTER if is_lfs_pointer(path) else f"no LoRA that can be read ({first_line(error)})"
+            raise UsageError(f"--lora {path}: {problem}") from error
+        layers = {part: layers_of_lora(tensors, part) for part in parts}
+        strange = [name for name in tensors if name.split(".")[0] not in parts]
+        if strange or not any(layers.values()):
+            reason = f"it is for a {strange[0].split('.')[0]}" if strange else "it holds no layers"
+            raise UsageError(f"--lora {path} does not fit {args.pretrained_model_name_or_path}: {reason}")
+        fused = [part for part in parts if layers[part] and (with_unet or part != "unet")]
+        for part in fused:
+            load_lora(pipeline, part, tensors, alphas, metadata, path, layers[part])
+        if fused:
+            pipeline.fuse_lora(components=fused, lora_scale=weight)
+            pipeline.unload_lora_weights()
+        in_text = any(count for part, count in layers.items() if part != "unet")
+        records.append({"name": path.name, "weight": weight, "sha256": sha256(path), "text_encoder": in_text})
+        counts = [f"{layers[part]} layers of the {part}" for part in fused]
+        logger.info(f"fused {path.name}, weight {weight}: {', '.join(counts) or 'in the int8 UNet already'}")
+    return records
+
+
+def layers_of_lora(tensors: dict[str, torch.Tensor], part: str) -> int:
+    """How many of a part's layers it changes, in the names that diffusers has for it, old and new."""
+    return sum(name.startswith(f"{part}.") and name.endswith(("lora_A.weight", "down.weight")) for name in tensors)
+
+
+def load_lora(
+    pipeline: DiffusionPipeline, part: str, tensors: dict, alphas: Any, metadata: Any, path: Path, layers: int
+) -> None:
+    """Put the LoRA's layers beside those of a part.
+
+    Raises:
+        UsageError: the part has no such layers, or of other sizes.
+    """
+    model, options = getattr(pipeline, part), {"network_alphas": alphas, "metadata": metadata, "adapter_name": "lora"}
+    try:
+        if part == "unet":
+            pipeline.load_lora_into_unet(tensors, unet=model, **options)
+        else:
+            pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, prefix=part, **options)
+        found = sum(hasattr(module, "lora_A") for module in model.modules())
+        problem = f"{found} of its {layers} layers are there" if found != layers else None
+    except Exception as error:  # of peft, where no name or shape fits
+        problem = first_line(error)
+    if problem:
+        raise UsageError(f"--lora {path} does not fit the checkpoint's {part}: {problem[:200]}")
 
 
 def split(unet: UNet2DConditionModel, accelerator: Accelerator) -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
@@ -2234,7 +2325,8 @@ def cache_latents(
     """Of the pairs that calibration and training will use, in a folder that is named after all they depend on."""
     content: Any = getattr(dataset.rows, "_fingerprint", None)  # of the datasets library
     content = content or [(*row, os.path.isfile(row[0]) and os.path.getsize(row[0])) for row in dataset.rows]
-    model = (args.pretrained_model_name_or_path, args.config, args.revision, args.variant, accelerator.mixed_precision)
+    names = (args.pretrained_model_name_or_path, args.config, args.revision, args.variant)
+    model = (*names, pipeline.loras, accelerator.mixed_precision)
     digest = hashlib.sha256(repr((content, dataset.columns, model, args.resolution)).encode()).hexdigest()
     cache = CachedLatents(dataset, args.output_dir / f"latents-{digest[:16]}")
     of_training = steps * args.gradient_accumulation_steps * accelerator.num_processes
@@ -2562,8 +2654,9 @@ CHECKPOINT_VERSION = "2"
 
 # Settings that the rest of a run depends on: with another value, a resumed run would not be the same run.
 RESUME_SETTINGS = (
-    "pretrained_model_name_or_path config revision variant train_data_dir dataset_name dataset_config_name streaming "
-    "image_column caption_column max_train_samples resolution center_crop random_flip proportion_empty_prompts "
+    "pretrained_model_name_or_path config lora revision variant "
+    "train_data_dir dataset_name dataset_config_name streaming image_column caption_column max_train_samples "
+    "resolution center_crop random_flip proportion_empty_prompts "
     "cache_latents keep_float weight_only quantization_config kd_weight task_weight feature_kd_weight snr_gamma "
     "train_batch_size learning_rate bias_learning_rate quantizer_learning_rate scale_lr lr_scheduler lr_warmup_steps "
     "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm use_ema seed mixed_precision"
@@ -2688,6 +2781,7 @@ def command_to_paint(quant_model: Path, pipeline: Pipeline, args: argparse.Names
         copy.deepcopy(pipeline.sampler).set_timesteps(50)  # the default
     except Exception:
         flags += ["--num_inference_steps=4"]
+    flags += ["--lora"] * bool(args.lora) + [f"{path}:{weight}" for path, weight in args.lora or []]
     command = ["python", os.path.relpath(script), "-m", str(args.pretrained_model_name_or_path), "-qm"]
     return shlex.join([*command, str(quant_model), *flags, "-c", "a caption"])
 
@@ -2708,6 +2802,7 @@ def save_int8(trainer: Trainer, config: Int8Config, pipeline: Pipeline, args: ar
         "format": "sd-unet-int8",
         "format_version": 1,
         "pipeline": pipeline_kind(pipeline.index),
+        "loras": pipeline.loras,
         "unet_config": unet_config,
         "base_model": args.pretrained_model_name_or_path,
         "quantization": config.to_dict(),

@@ -79,6 +79,7 @@ def test_both_scripts_load_a_checkpoint_by_the_same_lines() -> None:
     names = "checkpoint_name load_index no_checkpoint load_part variants part_problem load_unet_config check_parts"
     names += " check_tokenizer is_xl pipeline_kind text_parts text_encoders make_pipeline encode_captions size_made_for"
     names += " hub_options is_single_file settings_source is_xl_file single_file_kind from_single_file aligned"
+    names += " lora_argument sha256 fuse_loras layers_of_lora load_lora"
     for name in [*names.split(), "first_line", "has_betas", "is_lfs_pointer"]:
         assert inspect.getsource(getattr(trainer, name)) == inspect.getsource(getattr(text2images, name)), name
     for name in (
