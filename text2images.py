@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Paint captions with Stable Diffusion, with the int8 UNet of quant_model.pt or the full-precision one.
 
-Reads a Stable Diffusion folder (or hub id) and, with -qm, the file that
+Reads a Stable Diffusion folder (or hub id, or one .safetensors file) and, with -qm, the file that
 train_text_to_image_qat.py wrote. Writes one PNG a picture, one grid a caption, and a row a
 picture in results.jsonl. The same seed gives the same noise to both UNets.
 
@@ -18,6 +18,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -50,9 +51,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from diffusers import ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    ModelMixin,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.loaders import single_file_utils
 from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 logger = logging.getLogger("text2images")
 
@@ -74,10 +84,15 @@ TRAINED_WITH += ("rescale_betas_zero_snr", "original_inference_steps")
 SAMPLER_SETTINGS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}
 # Pipelines of the same parts; a checkpoint may have been saved by any of them.
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline")
+PIPELINES += ("StableDiffusionXLPipeline",)
+TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")  # the latter two of SDXL alone
+WITHOUT_WEIGHTS = ("tokenizer", "scheduler")  # names of parts begin so
+KNOWN_CONDITIONING = (("encoder_hid_dim_type", "text_proj"), ("addition_embed_type", "text_time"))  # of UNets
 VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE")
 LFS_START = b"version https://git-lfs"
 LFS_POINTER = "a pointer of Git LFS, not the file itself: git lfs pull brings it"
-SINGLE_FILES = (".safetensors", ".ckpt")  # whole checkpoints, which are not read
+SINGLE_FILES = (".safetensors", ".ckpt")  # whole checkpoints; the latter are pickles, which are not read
+SINGLE_FILE_KINDS = ("v1", "v2", "xl_base")  # as diffusers calls them
 # A tokenizer gives some of these different ids, unless it has lost its vocabulary.
 TEST_WORDS = ["cat", "house", "sky", "water", "кот", "небо", "家", "空", "水", "集"]
 MAX_NAME_BYTES = 150  # of the caption in a file name; file systems allow 255 for the whole
@@ -101,11 +116,32 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """The docstring as it stands, and every flag's default."""
 
 
+def lora_argument(text: str) -> tuple[Path, float]:
+    """PATH[:WEIGHT] of --lora."""
+    path, _, weight = text.rpartition(":")
+    try:
+        file, strength = (Path(path), float(weight)) if path else (Path(text), 1.0)
+    except ValueError:  # a colon in the path
+        file, strength = Path(text), 1.0
+    if file.suffix != ".safetensors":
+        raise argparse.ArgumentTypeError(f"{file} is no .safetensors, and what else holds a LoRA could run code")
+    if not file.is_file():
+        raise argparse.ArgumentTypeError(f"{file}: no such file")
+    if not math.isfinite(strength):
+        raise argparse.ArgumentTypeError(f"{text}: the weight must be a number, such as 0.8")
+    return file, strength
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
-    add("-m", "--pretrained_model_name_or_path", required=True, help="diffusers folder or hub id of Stable Diffusion")
+    text = "Stable Diffusion 1.x, 2.x or XL: a diffusers folder, a hub id, or one FILE.safetensors"
+    add("-m", "--pretrained_model_name_or_path", required=True, help=text)
+    text = "folder or hub id that a single file's settings and tokenizers come from; by default what its keys tell"
+    add("--config", metavar="FOLDER", help=text)
     add("-qm", "--quantized_model_name_or_path", type=Path, help="quant_model.pt, or the folder it is in")
+    text = "LoRAs (.safetensors of diffusers or kohya) that are fused into the model first, by this weight, else 1"
+    add("--lora", nargs="+", type=lora_argument, metavar="PATH[:WEIGHT]", help=text)
     add("--variant", help="file variant of the checkpoint's weights, as in fp16")
     add("--revision", help="git revision of the hub model")
     add("--cache_dir", help="where downloads are kept")
@@ -494,25 +530,41 @@ def trace(
     return model
 
 
+def inputs_of_unet(config: Any) -> dict[str, tuple[torch.Tensor, list[int]]]:
+    """By name, an example of each input of the graph, and its sizes, -1 where any will do."""
+    channels, width = config.in_channels, config.encoder_hid_dim or config.cross_attention_dim
+    width = width if isinstance(width, int) else max(width)
+    edges = 17, 19  # odd, as only then diffusers upsamples to the sizes it finds: so the graph fits all
+    sizes = {"sample": [-1, channels, -1, -1], "timestep": [1], "encoder_hidden_states": [-1, -1, width]}
+    examples = {"sample": torch.randn(2, channels, *edges), "timestep": torch.tensor([500.0])}
+    examples["encoder_hidden_states"] = torch.randn(2, 77, width)
+    more = {}
+    if config.time_cond_proj_dim is not None:  # the guidance scale's embedding
+        more["timestep_cond"] = config.time_cond_proj_dim
+    if config.addition_embed_type == "text_time":  # SDXL's pooled text encoding; sizes and crop
+        more["time_ids"] = 6
+        more["text_embeds"] = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    for name, size in more.items():
+        examples[name], sizes[name] = torch.randn(2, size), [-1, size]
+    return {name: (example, sizes[name]) for name, example in examples.items()}
+
+
 def unet_to_openvino(unet: UNet2DConditionModel) -> Any:
     """sample [B, 4, H/8, W/8], timestep [1], encoder_hidden_states [B, L, D] -> out_sample, as OpenVINO's model.
 
-    Where the UNet takes the guidance scale, its embedding is a fourth input, timestep_cond [B, time_cond_proj_dim].
+    Inputs that not all UNets have follow: timestep_cond [B, time_cond_proj_dim], the guidance scale's embedding; and
+    SDXL's time_ids [B, 6] and text_embeds [B, D'].
     """
-    channels, width = unet.config.in_channels, unet.config.encoder_hid_dim or unet.config.cross_attention_dim
-    width = width if isinstance(width, int) else max(width)
-    edges = 17, 19  # odd, as only then diffusers upsamples to the sizes it finds: so the model fits all
-    inputs = {"sample": torch.randn(2, channels, *edges), "timestep": torch.tensor([500.0])}
-    inputs["encoder_hidden_states"] = torch.randn(2, 77, width)
-    sizes = {"sample": [-1, channels, -1, -1], "timestep": [1], "encoder_hidden_states": [-1, -1, width]}
-    if unet.config.time_cond_proj_dim is not None:
-        inputs["timestep_cond"] = torch.randn(2, unet.config.time_cond_proj_dim)
-        sizes["timestep_cond"] = [-1, unet.config.time_cond_proj_dim]
+    inputs = inputs_of_unet(unet.config)
+    more = list(inputs)[3:]
 
-    def predict(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
-        return unet(sample, timestep, text, timestep_cond=cond[0] if cond else None, return_dict=False)[0]
+    def predict(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(more, rest))
+        cond = named.pop("timestep_cond", None)
+        return unet(sample, timestep, text, timestep_cond=cond, added_cond_kwargs=named, return_dict=False)[0]
 
-    model = trace(predict, inputs, sizes, "out_sample")
+    examples, sizes = ({name: values[which] for name, values in inputs.items()} for which in (0, 1))
+    model = trace(predict, examples, sizes, "out_sample")
     store_as_fp16(model)
     return model
 
@@ -599,6 +651,7 @@ class OpenVINOUNet(UNet2DConditionModel):
     ) -> None:
         ModelMixin.__init__(self)  # without the layers
         self.register_to_config(**settings_of_unet(payload))
+        self.more_inputs = list(inputs_of_unet(self.config))[3:]
         self.register_buffer("none", torch.empty(0))  # the pipeline asks for a device and a dtype
         self.args, self.core = args, openvino_core()
         self.settings = openvino_settings(args) | (more_settings or {})
@@ -620,10 +673,12 @@ class OpenVINOUNet(UNet2DConditionModel):
         timestep: Any,
         encoder_hidden_states: torch.Tensor,
         timestep_cond: torch.Tensor | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor]:
+        more = {"timestep_cond": timestep_cond, **(added_cond_kwargs or {})}
         inputs = [sample, torch.as_tensor(timestep).reshape(1), encoder_hidden_states]
-        inputs += [] if timestep_cond is None else [timestep_cond]
+        inputs += [more[name] for name in self.more_inputs]
         shapes = [list(tensor.shape) for tensor in inputs]
         if shapes != self.shapes:
             began = time.perf_counter()
@@ -793,7 +848,7 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     """The checkpoint's pipeline, with the int8 UNet in place of its own where -qm is given.
 
     Raises:
-        UsageError: no Stable Diffusion 1.x/2.x there, a part is damaged, or the file is for another architecture.
+        UsageError: no Stable Diffusion there, a part is damaged, or the file is for another architecture.
     """
     name, dtype, engine = checkpoint_name(args), choose_dtype(args), choose_engine(args)
     device = torch.device("cuda" if torch.cuda.is_available() and engine == "torch" else "cpu")
@@ -803,19 +858,25 @@ def load_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     unet_config = load_unet_config(name, args)
     if args.quantized_model_name_or_path is not None:
         payload = read_quant_model(args.quantized_model_name_or_path)
+        check_kind(payload, index, name)
         check_architecture(payload, unet_config, name)
-    names = ("tokenizer", "text_encoder", "vae", "scheduler")
-    parts = {part: load_part(name, index, part, args, dtype) for part in names}
-    check_parts(parts["tokenizer"], parts["text_encoder"], parts["vae"], unet_config, name)
-    check_clip_skip(parts["text_encoder"], args)
+        check_loras(payload, args)
+    first_dtype = torch.float32 if args.lora else dtype  # fused as in training
+    parts = {part: load_part(name, index, part, args, first_dtype) for part in [*text_parts(index), "vae", "scheduler"]}
+    check_parts(parts, unet_config, name)
+    check_clip_skip(text_encoders(parts), args)
     parts["scheduler"] = choose_scheduler(parts["scheduler"], args)
     if args.quantized_model_name_or_path is not None:
         parts["unet"] = load_int8_unet(payload, dtype, device, engine, args)
         del payload
     else:
-        parts["unet"] = load_part(name, index, "unet", args, dtype).to(memory_format=torch.channels_last)
+        parts["unet"] = load_part(name, index, "unet", args, first_dtype).to(memory_format=torch.channels_last)
     parts["vae"].to(memory_format=torch.channels_last)
-    pipeline = add_safety_checker(name, index, parts, dtype, args)
+    pipeline, int8 = add_safety_checker(name, index, parts, dtype, args), args.quantized_model_name_or_path is not None
+    if args.lora:
+        fuse_loras(pipeline, args, with_unet=not int8)
+        for part in [*text_encoders(parts), parts["vae"], *([] if int8 else [parts["unet"]])]:
+            part.to(dtype)
     pipeline.unet.register_to_config(sample_size=size_made_for(unet_config))  # int8 and fp32 alike
     if not isinstance(pipeline.unet, OpenVINOUNet):
         pipeline.unet.register_forward_pre_hook(to_unet_dtype, with_kwargs=True)
@@ -832,24 +893,115 @@ def has_betas(scheduler: Any) -> bool:
 
 def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """model_index.json, which names the class of the pipeline and of each part."""
-    folder = Path(name)
-    if "://" in name:
-        raise UsageError(f"--pretrained_model_name_or_path {name}: give a hub id such as owner/model, or a folder")
+    source = settings_source(name, args)
+    folder, given = Path(source), f"--pretrained_model_name_or_path {name}"
+    if source != name:
+        given += f", --config {source}" if args.config else f", whose settings are those of {source}"
+    elif args.config:
+        raise UsageError(f"--config is for a single .safetensors file, which {name} is not: leave it out")
+    if "://" in source:
+        raise UsageError(f"{given}: give a hub id such as owner/model, or a folder")
     if (folder.exists() or folder.suffix in SINGLE_FILES) and not (folder / "model_index.json").is_file():
-        raise UsageError(f"--pretrained_model_name_or_path {name}: {no_checkpoint(folder)}")
-    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UsageError(f"--pretrained_model_name_or_path {name}: no such folder, and no hub id such as owner/model")
+        raise UsageError(f"{given}: {no_checkpoint(folder)}")
+    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise UsageError(f"{given}: no such folder, and no hub id such as owner/model")
     try:
-        options = {"revision": args.revision, "cache_dir": args.cache_dir}
-        index = dict(StableDiffusionPipeline.load_config(name, **options))
+        index = dict(StableDiffusionPipeline.load_config(source, **hub_options(args)))
         kind = index["_class_name"]
     except Exception as error:  # of the hub, of JSON, ...
         damaged = f"model_index.json is damaged, copy it again ({first_line(error)})"
         reason = damaged if folder.exists() else f"no such folder, and not to be had from the hub: {first_line(error)}"
-        raise UsageError(f"--pretrained_model_name_or_path {name}: {reason}") from error
+        remedy = ": give --config FOLDER, a checkpoint of its kind, of which no weights are needed" * (source != name)
+        raise UsageError(f"{given}: {reason}{remedy}") from error
     if kind not in PIPELINES:
-        raise UsageError(f"{name} is a {kind}; only StableDiffusionPipeline checkpoints (1.x, 2.x) are supported")
+        raise UsageError(f"{source} is a {kind}; only Stable Diffusion 1.x, 2.x and XL are supported")
+    if is_single_file(name) and is_xl(index) != is_xl_file(name):
+        raise UsageError(f"{name} is {'no ' * is_xl(index)}SDXL by its keys, but --config {source} is a {kind}")
     return index
+
+
+def hub_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"revision": args.revision, "cache_dir": args.cache_dir}
+
+
+def is_single_file(name: str) -> bool:
+    return name.endswith(SINGLE_FILES[0]) and Path(name).is_file()
+
+
+def settings_source(name: str, args: argparse.Namespace) -> str:
+    """Folder or hub id with the settings and tokenizers: the checkpoint itself, unless that is a single file.
+
+    Raises:
+        UsageError: the file is no Stable Diffusion.
+    """
+    if not is_single_file(name):
+        return name
+    if args.variant:
+        raise UsageError(f"--variant {args.variant} is for a folder, which {name} is not: leave it out")
+    kind = single_file_kind(name)
+    if args.config:
+        return args.config
+    if kind not in SINGLE_FILE_KINDS:
+        raise UsageError(f"{name} is a checkpoint of kind {kind}; only {', '.join(SINGLE_FILE_KINDS)} are supported")
+    return single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+
+
+def is_xl_file(name: str) -> bool:
+    return any(key.startswith("conditioner.embedders.1.") for key in load_file(name))
+
+
+@functools.cache
+def single_file_kind(name: str) -> str:
+    """What diffusers makes of its tensors' names and shapes."""
+    if is_lfs_pointer(name):
+        raise UsageError(f"{name} is {LFS_POINTER}")
+    try:
+        tensors = load_file(name)  # which maps them, and reads none
+    except Exception as error:  # a damaged file fails in many ways
+        raise UsageError(f"{name} is damaged ({first_line(error)}): copy it again") from error
+    if not any(key.startswith("model.diffusion_model.") for key in tensors):
+        raise UsageError(f"{name} is no whole checkpoint of Stable Diffusion: it has no model.diffusion_model")
+    return single_file_utils.infer_diffusers_model_type(tensors)
+
+
+def is_xl(index: dict[str, Any]) -> bool:
+    return "XL" in index["_class_name"]
+
+
+def pipeline_kind(index: dict[str, Any]) -> str:
+    """Of which quant_model.pt is."""
+    return "StableDiffusionXLPipeline" if is_xl(index) else "StableDiffusionPipeline"
+
+
+def text_parts(index: dict[str, Any]) -> tuple[str, ...]:
+    """Tokenizer and text encoder, or two of each."""
+    return TEXT_PARTS if is_xl(index) else TEXT_PARTS[:2]
+
+
+def text_encoders(parts: dict[str, Any]) -> list[PreTrainedModel]:
+    return [part for name, part in parts.items() if name.startswith("text_encoder")]
+
+
+def make_pipeline(index: dict[str, Any], parts: dict[str, Any]) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """diffusers' pipeline of the parts, without a safety checker."""
+    if is_xl(index):
+        zeros = index.get("force_zeros_for_empty_prompt", True)
+        return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts, **rest)
+
+
+def encode_captions(encoders: list[PreTrainedModel], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the UNet is told of captions, whose ids are [B, encoders, L]: encoder_hidden_states [B, L, D].
+
+    SDXL (arXiv 2307.01952) joins what the last layer but one of both encoders gives, and has text_embeds [B, P] of the
+    second one besides.
+    """
+    if len(encoders) == 1:
+        return {"encoder_hidden_states": encoders[0](input_ids[:, 0])[0]}
+    outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, input_ids.unbind(dim=1))]
+    hidden_states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return {"encoder_hidden_states": hidden_states, "text_embeds": outputs[-1][0]}
 
 
 def no_checkpoint(path: Path) -> str:
@@ -860,12 +1012,16 @@ def no_checkpoint(path: Path) -> str:
         return f"the checkpoint is one level down: give {nested[0]}"
     if (path.parent / "model_index.json").is_file():
         return f"a part of a checkpoint: give the whole, {path.parent}"
-    if single:
+    if single and single[0].suffix == SINGLE_FILES[0] and single[0].is_file():
+        return f"a folder without model_index.json: give the file in it, {single[0]}"
+    if single and single[0].is_file():
         convert = f"P.from_single_file('{single[0]}').save_pretrained('FOLDER')"
         return (
-            "a single file is not read; make a diffusers folder of it, and give that: "
+            f"{single[0].name} is a pickle, which could run code; where you trust it, make a diffusers folder of it: "
             f'python -c "from diffusers import StableDiffusionPipeline as P; {convert}"'
         )
+    if single:
+        return "no such file"
     return "no model_index.json in it: give the folder of a diffusers checkpoint, or a hub id"
 
 
@@ -884,11 +1040,13 @@ def load_part(
     if kind is None or kind not in allowed or not hasattr(found, kind):
         known = f"not {' or '.join(allowed)}" if kind not in allowed else "a class that diffusers does not have"
         raise UsageError(f"{name}: its {part} is {kind and f'{library}.{kind}'}, {known}: it cannot be used here")
-    options: dict[str, Any] = {"subfolder": part, "revision": args.revision, "cache_dir": args.cache_dir}
+    options: dict[str, Any] = {"subfolder": part, **hub_options(args)}
     missing = []
     try:
-        if part in ("tokenizer", "scheduler"):
-            return getattr(found, kind).from_pretrained(name, **options)
+        if part.startswith(WITHOUT_WEIGHTS):
+            return getattr(found, kind).from_pretrained(settings_source(name, args), **options)
+        if is_single_file(name):
+            return aligned(from_single_file(name, index, part, args, dtype))
         options |= {"dtype": dtype, "output_loading_info": True}
         try:
             loaded, info = getattr(found, kind).from_pretrained(name, variant=args.variant, **options)
@@ -902,6 +1060,28 @@ def load_part(
         raise UsageError(f"{name}: {part_problem(Path(name), part, args.variant, error)}") from error
     if missing:
         raise UsageError(f"{name}: its {part} lacks {len(missing)} tensors, such as {min(missing)}: copy it again")
+    return aligned(loaded)
+
+
+def aligned(model: nn.Module) -> nn.Module:
+    """With tensors where vector instructions want them, not as they lie in a file: sums may come in another order."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    return model
+
+
+def from_single_file(name: str, index: dict[str, Any], part: str, args: argparse.Namespace, dtype: torch.dtype) -> Any:
+    """A part with weights out of one file, in the original layout of Stable Diffusion, by diffusers."""
+    others = [other for other, named in index.items() if isinstance(named, (list, tuple)) and other != part]
+    whole = StableDiffusionXLPipeline if is_xl(index) else StableDiffusionPipeline
+    options = {"config": settings_source(name, args), **hub_options(args), **dict.fromkeys(others)}
+    try:
+        loaded = getattr(whole.from_single_file(name, dtype=dtype, **options), part)
+    except NotImplementedError as error:  # a tensor that the file lacks has no data to be moved
+        raise ValueError("it lacks tensors") from error
+    if any(tensor.is_meta for tensor in loaded.state_dict().values()):
+        raise ValueError("it lacks tensors")
     return loaded
 
 
@@ -920,6 +1100,8 @@ def is_lfs_pointer(path: str | Path) -> bool:
 def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseException) -> str:
     """Why a part could not be loaded, and what to do about it; libraries name neither the part nor the remedy."""
     folder = checkpoint / part
+    if checkpoint.is_file():
+        return f"its {part} could not be loaded: {first_line(error)}; is --config a checkpoint of the same kind?"
     if not checkpoint.is_dir():  # the hub's
         return f"its {part} could not be loaded: {first_line(error)}"
     if not folder.is_dir():
@@ -930,7 +1112,7 @@ def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseEx
         if not file.stat().st_size:
             return f"{part}/{file.name} is empty: copy it again"
     there = variants(folder)
-    if part not in ("tokenizer", "scheduler") and (folder / "config.json").is_file() and not there & {variant, None}:
+    if not part.startswith(WITHOUT_WEIGHTS) and (folder / "config.json").is_file() and not there & {variant, None}:
         found = f"only the variant {max(there)}: give --variant {max(there)}" if there else "no weights: copy them"
         return f"its {part} has {found}"
     if isinstance(error, ImportError):
@@ -943,41 +1125,79 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The settings of the checkpoint's UNet.
 
     Raises:
-        UsageError: there are none, or its inputs are not those of Stable Diffusion 1.x/2.x.
+        UsageError: there are none, or its inputs are not those of Stable Diffusion.
     """
     try:
-        options = {"revision": args.revision, "cache_dir": args.cache_dir}
-        config = dict(UNet2DConditionModel.load_config(name, subfolder="unet", **options))
+        source = settings_source(name, args)
+        config = dict(UNet2DConditionModel.load_config(source, subfolder="unet", **hub_options(args)))
+    except UsageError:
+        raise
     except Exception as error:  # of the hub, of JSON, ...
-        raise UsageError(f"{name}: {part_problem(Path(name), 'unet', args.variant, error)}") from error
+        raise UsageError(f"{source}: {part_problem(Path(source), 'unet', args.variant, error)}") from error
     more = "class_embed_type num_class_embeds addition_embed_type class_embeddings_concat dual_cross_attention"
     for key in [*more.split(), "encoder_hid_dim_type"]:
-        if config.get(key) and config[key] != "text_proj":
+        if config.get(key) and (key, config[key]) not in KNOWN_CONDITIONING:
             raise UsageError(f"{name}: its UNet wants more than a caption ({key}), which is not supported")
     if config.get("out_channels", 4) != config.get("in_channels", 4):
         raise UsageError(f"{name}: its UNet takes and gives other numbers of channels: only text-to-image models work")
     return config
 
 
-def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[str, Any], name: str) -> None:
-    """The parts must fit each other; gives the tokenizer the length that the text encoder reads.
+def check_parts(parts: dict[str, Any], unet_config: dict[str, Any], name: str) -> None:
+    """The parts must fit each other; gives the tokenizers the length that the text encoders read.
 
     Raises:
-        UsageError: they do not, or the tokenizer has lost its vocabulary.
+        UsageError: they do not, or a tokenizer has lost its vocabulary.
     """
+    vae, encoders, ids = parts["vae"], text_encoders(parts), []
+    for part in filter(parts.get, TEXT_PARTS[::2]):
+        check_tokenizer(parts[part], parts[part.replace("tokenizer", "text_encoder")], part, name)
+        ids.append(parts[part]("a", padding="max_length", truncation=True, return_tensors="pt").input_ids)
+    channels = unet_config.get("in_channels", 4)
+    if channels != vae.config.latent_channels:
+        made = f"its UNet takes {channels} channels, its VAE makes {vae.config.latent_channels}"
+        raise UsageError(f"{name}: {made}: only text-to-image models are supported, with the VAE that belongs to them")
+    if not vae.config.get("scaling_factor"):
+        raise UsageError(f"{name}: its VAE names no scaling_factor, which vae/config.json must")
+    if vae.config.get("latents_mean") is not None:
+        raise UsageError(f"{name}: its VAE shifts its latents (latents_mean), which is not supported")
+    if len({tensor.shape for tensor in ids}) > 1:
+        raise UsageError(f"{name}: its tokenizers make {' and '.join(str(len(tensor[0])) for tensor in ids)} tokens")
+    width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", 1280)
+    widths = set(width) if isinstance(width, (list, tuple)) else {width}
+    with torch.no_grad():
+        told = encode_captions(encoders, torch.stack(ids, dim=1))
+    made = list(told["encoder_hidden_states"].shape)
+    if len(made) != 3 or widths != {made[2]}:
+        kinds, wanted = " and ".join(type(encoder).__name__ for encoder in encoders), f"[1, {made[1]}, {max(widths)}]"
+        raise UsageError(f"{name}: its text encoder, {kinds}, makes {made} of a caption, its UNet reads {wanted}")
+    pooled, added = told.get("text_embeds"), unet_config.get("addition_embed_type")
+    if (pooled is not None) != (added == "text_time"):
+        raise UsageError(f"{name}: its UNet has addition_embed_type {added}: it belongs to another kind of pipeline")
+    if pooled is not None:
+        made = list(pooled.shape)
+        wanted = unet_config.get("projection_class_embeddings_input_dim", 0)
+        wanted -= 6 * (unet_config.get("addition_time_embed_dim") or 0)  # of sizes and crop
+        if made != [1, wanted]:
+            problem = f"{type(encoders[-1]).__name__}, pools a caption to {made}, its UNet reads [1, {wanted}]"
+            raise UsageError(f"{name}: its second text encoder, {problem}")
+
+
+def check_tokenizer(tokenizer: Any, text_encoder: Any, part: str, name: str) -> None:
+    """Part of check_parts; `part` is what the checkpoint calls the tokenizer."""
     vocabulary = tokenizer.get_vocab()
     own = [token for token in list(vocabulary)[:1000] if token not in tokenizer.all_special_tokens]
     if tokenizer.pad_token is None:
-        raise UsageError(f"{name}: its tokenizer has no pad_token, which tokenizer/tokenizer_config.json must name")
+        raise UsageError(f"{name}: its {part} has no pad_token, which {part}/tokenizer_config.json must name")
     if len({frozenset(ids) for ids in tokenizer(TEST_WORDS + own).input_ids}) == 1:
-        raise UsageError(f"{name}: its tokenizer knows no words: copy the folder tokenizer with its vocabulary again")
+        raise UsageError(f"{name}: its {part} knows no words: copy the folder {part} with its vocabulary again")
     words = [token[:-4] for token in vocabulary if re.fullmatch("[a-z]{3,}</w>", token)][:1000]
     if words and sum(len(ids) > 1 for ids in tokenizer(words, add_special_tokens=False).input_ids) > len(words) / 2:
-        raise UsageError(f"{name}: its tokenizer spells the words that it has: copy tokenizer/merges.txt again")
+        raise UsageError(f"{name}: its {part} spells the words that it has: copy {part}/merges.txt again")
     highest, readable = max(vocabulary.values()), text_encoder.get_input_embeddings().num_embeddings
     if highest >= readable:
         raise UsageError(
-            f"{name}: its tokenizer has ids up to {highest}, its text encoder reads {readable} of them: they are of "
+            f"{name}: its {part} has ids up to {highest}, its text encoder reads {readable} of them: they are of "
             "different checkpoints, or tokens were added without resize_token_embeddings"
         )
     positions = getattr(text_encoder.config, "max_position_embeddings", None)
@@ -987,29 +1207,14 @@ def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[s
     tokenizer.model_max_length = min(own_length if own_length > 2 else math.inf, positions or 77)
     if getattr(text_encoder.config, "use_attention_mask", False):
         raise UsageError(f"{name}: its text encoder wants attention masks, which are not supported")
-    channels = unet_config.get("in_channels", 4)
-    if channels != vae.config.latent_channels:
-        made = f"its UNet takes {channels} channels, its VAE makes {vae.config.latent_channels}"
-        raise UsageError(f"{name}: {made}: only text-to-image models are supported, with the VAE that belongs to them")
-    if not vae.config.get("scaling_factor"):
-        raise UsageError(f"{name}: its VAE names no scaling_factor, which vae/config.json must")
-    width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", 1280)
-    widths = set(width) if isinstance(width, (list, tuple)) else {width}
-    ids = tokenizer("a", padding="max_length", truncation=True, return_tensors="pt").input_ids
-    with torch.no_grad():
-        made = list(text_encoder(ids)[0].shape)
-    if len(made) != 3 or widths != {made[2]}:
-        kind, wanted = type(text_encoder).__name__, f"[1, {made[1]}, {max(widths)}]"
-        raise UsageError(f"{name}: its text encoder, {kind}, makes {made} of a caption, its UNet reads {wanted}")
 
 
 def add_safety_checker(
     name: str, index: dict[str, Any], parts: dict[str, Any], dtype: torch.dtype, args: argparse.Namespace
 ) -> StableDiffusionPipeline:
     """The pipeline of the parts, with the checkpoint's safety checker, if it has one and --disable_... is not given."""
-    if args.disable_safety_checker or not (index.get("safety_checker") or [None])[0]:
-        rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return StableDiffusionPipeline(**parts, **rest)
+    if args.disable_safety_checker or is_single_file(name) or not (index.get("safety_checker") or [None])[0]:
+        return make_pipeline(index, parts)
     options = {"revision": args.revision, "cache_dir": args.cache_dir, "dtype": dtype}
     if args.variant in variants(Path(name, "safety_checker")):
         options["variant"] = args.variant
@@ -1021,6 +1226,69 @@ def add_safety_checker(
             part = "feature_extractor"
         problem = part_problem(Path(name), part, args.variant, error)
         raise UsageError(f"{name}: {problem}, or give --disable_safety_checker") from error
+
+
+def fuse_loras(pipeline: DiffusionPipeline, args: argparse.Namespace, with_unet: bool = True) -> list[dict[str, Any]]:
+    """Add each --lora, times its weight, to the weights it is for; returns what quant_model.pt records of them.
+
+    Without the UNet, which has its own already where it is int8, only to those of the text encoders.
+
+    Raises:
+        UsageError: one is for another architecture, or in no format that diffusers reads.
+    """
+    records, parts = [], [part for part in ("unet", *TEXT_PARTS[1::2]) if getattr(pipeline, part, None) is not None]
+    for path, weight in args.lora or []:
+        options = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
+        try:
+            tensors, alphas, metadata = pipeline.lora_state_dict(
+                str(path.parent), unet_config=pipeline.unet.config, return_lora_metadata=True, **options
+            )
+        except Exception as error:  # of safetensors, of names that diffusers does not know, ...
+            problem = LFS_POINTER if is_lfs_pointer(path) else f"no LoRA that can be read ({first_line(error)})"
+            raise UsageError(f"--lora {path}: {problem}") from error
+        layers = {part: layers_of_lora(tensors, part) for part in parts}
+        strange = [name for name in tensors if name.split(".")[0] not in parts]
+        if strange or not any(layers.values()):
+            reason = f"it is for a {strange[0].split('.')[0]}" if strange else "it holds no layers"
+            raise UsageError(f"--lora {path} does not fit {args.pretrained_model_name_or_path}: {reason}")
+        fused = [part for part in parts if layers[part] and (with_unet or part != "unet")]
+        for part in fused:
+            load_lora(pipeline, part, tensors, alphas, metadata, path, layers[part])
+        if fused:
+            pipeline.fuse_lora(components=fused, lora_scale=weight)
+            pipeline.unload_lora_weights()
+        in_text = any(count for part, count in layers.items() if part != "unet")
+        records.append({"name": path.name, "weight": weight, "sha256": sha256(path), "text_encoder": in_text})
+        counts = [f"{layers[part]} layers of the {part}" for part in fused]
+        logger.info(f"fused {path.name}, weight {weight}: {', '.join(counts) or 'in the int8 UNet already'}")
+    return records
+
+
+def layers_of_lora(tensors: dict[str, torch.Tensor], part: str) -> int:
+    """How many of a part's layers it changes, in the names that diffusers has for it, old and new."""
+    return sum(name.startswith(f"{part}.") and name.endswith(("lora_A.weight", "down.weight")) for name in tensors)
+
+
+def load_lora(
+    pipeline: DiffusionPipeline, part: str, tensors: dict, alphas: Any, metadata: Any, path: Path, layers: int
+) -> None:
+    """Put the LoRA's layers beside those of a part.
+
+    Raises:
+        UsageError: the part has no such layers, or of other sizes.
+    """
+    model, options = getattr(pipeline, part), {"network_alphas": alphas, "metadata": metadata, "adapter_name": "lora"}
+    try:
+        if part == "unet":
+            pipeline.load_lora_into_unet(tensors, unet=model, **options)
+        else:
+            pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, prefix=part, **options)
+        found = sum(hasattr(module, "lora_A") for module in model.modules())
+        problem = f"{found} of its {layers} layers are there" if found != layers else None
+    except Exception as error:  # of peft, where no name or shape fits
+        problem = first_line(error)
+    if problem:
+        raise UsageError(f"--lora {path} does not fit the checkpoint's {part}: {problem[:200]}")
 
 
 def choose_scheduler(saved: Any, args: argparse.Namespace) -> Any:
@@ -1074,16 +1342,18 @@ def try_scheduler(scheduler: Any, args: argparse.Namespace) -> None:
         ) from error
 
 
-def check_clip_skip(text_encoder: Any, args: argparse.Namespace) -> None:
+def check_clip_skip(encoders: list[PreTrainedModel], args: argparse.Namespace) -> None:
     if args.clip_skip is None:
         return
-    if not hasattr(text_encoder, "final_layer_norm"):
-        raise UsageError(f"--clip_skip is for CLIP: the checkpoint's text encoder is a {type(text_encoder).__name__}")
-    layers = text_encoder.config.num_hidden_layers
-    if args.clip_skip >= layers:
-        raise UsageError(f"--clip_skip {args.clip_skip}: the text encoder has {layers} layers")
+    for encoder in encoders:
+        if not encoder.config.model_type.startswith("clip"):
+            raise UsageError(f"--clip_skip is for CLIP: the checkpoint's text encoder is a {type(encoder).__name__}")
+        layers = encoder.config.num_hidden_layers
+        if args.clip_skip >= layers:
+            raise UsageError(f"--clip_skip {args.clip_skip}: the text encoder has {layers} layers")
     # where diffusers looks for the layer norm, and transformers 5 no longer has it; as no module of its own, no part
-    text_encoder.__dict__["text_model"] = text_encoder
+    if not hasattr(encoders[0], "text_model"):
+        encoders[0].__dict__["text_model"] = encoders[0]
 
 
 def size_made_for(unet_config: dict[str, Any]) -> int | list[int] | None:
@@ -1111,6 +1381,14 @@ def picture_size(pipeline: StableDiffusionPipeline, args: argparse.Namespace) ->
     return height, width
 
 
+def check_kind(payload: dict[str, Any], index: dict[str, Any], name: str) -> None:
+    """The file's pipeline must be the checkpoint's."""
+    kind = payload.get("pipeline", "StableDiffusionPipeline")
+    if kind != pipeline_kind(index):
+        made = f"-qm is for a {shown(kind)}, trained from {shown(payload.get('base_model'))}"
+        raise UsageError(f"{made}; -m {name} is a {pipeline_kind(index)}")
+
+
 def check_architecture(payload: dict[str, Any], base_config: dict[str, Any], name: str) -> None:
     """The file's UNet must be the checkpoint's: its text encoder and VAE fit no other, and no other gets built."""
     for key, default in unet_defaults().items():
@@ -1122,6 +1400,29 @@ def check_architecture(payload: dict[str, Any], base_config: dict[str, Any], nam
                 f"-qm was trained from {shown(payload.get('base_model'))}, whose UNet has {key} {shown(ours)}; "
                 f"that of -m {name} has {shown(theirs)}"
             )
+
+
+def check_loras(payload: dict[str, Any], args: argparse.Namespace) -> None:
+    """The file's UNet holds the LoRAs that it was trained with; the text encoders get theirs from --lora.
+
+    Raises:
+        UsageError: --lora names others than the file, or none where the text encoders need them.
+    """
+    try:
+        theirs = sorted((str(lora["sha256"]), float(lora["weight"])) for lora in payload.get("loras", []))
+        flags = shown(" ".join(f"{lora['name']}:{lora['weight']}" for lora in payload.get("loras", [])))
+        in_text = any(lora["text_encoder"] for lora in payload.get("loras", []))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError("-qm is damaged, its loras are none; copy or train it again") from error
+    ours = sorted((sha256(path), weight) for path, weight in args.lora or [])
+    if ours == theirs:
+        return
+    if not theirs:
+        raise UsageError("--lora: the int8 UNet of -qm was trained without; leave it out, or train with --lora")
+    if ours or in_text:
+        why = "which changes the text encoder, too" if in_text else "which its int8 UNet holds"
+        raise UsageError(f"-qm was trained with --lora {flags}, {why}: give the same{', or none' * (not in_text)}")
+    logger.info(f"the int8 UNet holds the LoRA {flags}")
 
 
 def same_setting(ours: Any, theirs: Any) -> bool:
@@ -1249,7 +1550,9 @@ def paint(pipeline: StableDiffusionPipeline, jobs: list[Job], args: argparse.Nam
     vae = pipeline.vae
     decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float()
     finite = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
-    decoded, flagged = pipeline.run_safety_checker(torch.nan_to_num(decoded), pipeline.device, vae.dtype)
+    decoded, flagged = torch.nan_to_num(decoded), None
+    if hasattr(pipeline, "run_safety_checker"):  # SDXL has none
+        decoded, flagged = pipeline.run_safety_checker(decoded, pipeline.device, vae.dtype)
     shown = [not flag for flag in flagged or [False] * len(jobs)]  # the checker's black is 0 of 0..1, not of -1..1
     images = pipeline.image_processor.postprocess(decoded, output_type="pil", do_denormalize=shown)
     seconds = (time.perf_counter() - seconds_compiling(pipeline) - began) / len(jobs)
@@ -1360,6 +1663,7 @@ def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> di
         "paired_guidance": bool(file) and pairs_guidance(pipeline.unet.config, args),
         "model": args.pretrained_model_name_or_path,
         "variant": args.variant,
+        "lora": [f"{path}:{weight}" for path, weight in args.lora or []],
         "quant_model": str(file) if file else None,
         "precision": "int8" if file else around,
         "dtype": around,

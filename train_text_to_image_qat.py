@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Quantization-aware training of Stable Diffusion's UNet, distilled from its full-precision self.
 
-Reads a Stable Diffusion 1.x/2.x checkpoint (a diffusers folder or a hub id) and a picture folder
-with the metadata.jsonl that create_metadata.py wrote. Writes OUTPUT_DIR/quant_model.pt: the UNet
-with int8 weights and activation ranges, about a quarter of its fp32 size.
+Reads a Stable Diffusion 1.x, 2.x or XL checkpoint (a diffusers folder, a hub id or one .safetensors
+file) and a picture folder with the metadata.jsonl that create_metadata.py wrote. Writes
+OUTPUT_DIR/quant_model.pt: the UNet with int8 weights and activation ranges, about a quarter of its
+fp32 size.
 
     accelerate launch train_text_to_image_qat.py \\
         --pretrained_model_name_or_path demo/tiny-stable-diffusion --train_data_dir demo/scenes \\
@@ -21,6 +22,7 @@ import ast
 import contextlib
 import copy
 import csv
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -65,8 +67,15 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, gather_object
-from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders import TextualInversionLoaderMixin
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.loaders import TextualInversionLoaderMixin, single_file_utils
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from neural_compressor.common.base_config import DEFAULT_WHITE_LIST, register_config
@@ -75,14 +84,15 @@ from neural_compressor.torch.quantization import convert, prepare
 from neural_compressor.torch.quantization.config import TorchBaseConfig
 from neural_compressor.torch.utils.utility import register_algo
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 logger = logging.getLogger("train")
 
 # Layers that cost little and hurt much when quantized: kept in float, and stored as fp16.
-DEFAULT_KEEP_FLOAT = ["conv_in", "conv_out", "time_embedding", r".*\.conv_shortcut"]
+DEFAULT_KEEP_FLOAT = ["conv_in", "conv_out", "time_embedding", "add_embedding", r".*\.conv_shortcut"]
 # Layers whose inputs hurt when quantized, the weights not: int8 weights, float arithmetic. GEGLU's products and the
 # residual stream have the longest tails, and quantizing them would cost about what int8 arithmetic gains there.
 DEFAULT_WEIGHT_ONLY = [r".*\.time_emb_proj", r".*\.attn2\.to_[kv]", r".*\.proj_(in|out)", r".*\.ff\.net\.2"]
@@ -109,6 +119,7 @@ VALIDATION_STEPS = 30  # denoising steps of a validation picture
 MAX_BAD_STEPS = 5  # stop after so many non-finite losses in a row
 COMPILE_ABOVE = 100_000_000  # parameters: smaller UNets train in the time that compiling takes
 BF16_ABOVE = 100_000_000  # likewise: smaller ones train in fp32 in minutes, and bf16's rounding hides what weights err
+ADDED = ("text_embeds", "time_ids")  # what SDXL's UNet is told besides
 GUIDANCE_SCALES = 1.0, 14.0  # that are trained with, where the UNet takes them as an input (LCM, arXiv 2310.04378)
 STREAM_BLOCK = 256  # pairs that --streaming reads and shuffles at a time, undecoded
 # accelerate launch passes no signals on, and a launcher may be killed: its end counts as SIGTERM
@@ -142,8 +153,12 @@ def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--pretrained_model_name_or_path",
         required=True,
-        help="diffusers folder or hub id of Stable Diffusion 1.x or 2.x",
+        help="Stable Diffusion 1.x, 2.x or XL: a diffusers folder, a hub id, or one FILE.safetensors",
     )
+    text = "folder or hub id that a single file's settings and tokenizers come from; by default what its keys tell"
+    add("--config", metavar="FOLDER", help=text)
+    text = "LoRAs (.safetensors of diffusers or kohya) that are fused into the model first, by this weight, else 1"
+    add("--lora", nargs="+", type=lora_argument, metavar="PATH[:WEIGHT]", help=text)
     add("--revision", help="git revision of the hub model")
     add("--variant", help="file variant of the model's weights, as in fp16")
     add("--cache_dir", help="where downloads are kept")
@@ -158,7 +173,8 @@ def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image_column", help="column of the pictures; by default file_name in a folder, image or jpg in a dataset")
     add("--caption_column", default="text", help="column of the captions; in tars, txt takes the place of text")
     add("--max_train_samples", type=int, help="use only the first so many pairs")
-    add("--resolution", type=int, default=512, help="edge of a training picture in pixels, a multiple of 8")
+    text = "edge of a training picture in pixels, a multiple of 8; by default what the checkpoint was made for"
+    add("--resolution", type=int, help=text)
     add("--center_crop", action="store_true", help="crop the middle; without it, a random part")
     add("--random_flip", action="store_true", help="mirror half of the pictures")
     add("--proportion_empty_prompts", type=float, default=0.5, help="share of captions emptied: half, as in guidance")
@@ -234,6 +250,22 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hub_model_id", help="repository to push to, if not the name of --output_dir")
 
 
+def lora_argument(text: str) -> tuple[Path, float]:
+    """PATH[:WEIGHT] of --lora."""
+    path, _, weight = text.rpartition(":")
+    try:
+        file, strength = (Path(path), float(weight)) if path else (Path(text), 1.0)
+    except ValueError:  # a colon in the path
+        file, strength = Path(text), 1.0
+    if file.suffix != ".safetensors":
+        raise argparse.ArgumentTypeError(f"{file} is no .safetensors, and what else holds a LoRA could run code")
+    if not file.is_file():
+        raise argparse.ArgumentTypeError(f"{file}: no such file")
+    if not math.isfinite(strength):
+        raise argparse.ArgumentTypeError(f"{text}: the weight must be a number, such as 0.8")
+    return file, strength
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_and_data_arguments(parser)
@@ -250,7 +282,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--train_data_dir {args.train_data_dir}: no such folder")
     if args.cache_latents and (args.streaming or not args.center_crop):
         parser.error("--cache_latents keeps one crop of each pair: give --center_crop, and no --streaming")
-    if args.resolution < 8 or args.resolution % 8:
+    if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
         parser.error(f"--resolution must be a multiple of 8: {max(8, args.resolution // 8 * 8)} would do")
     if args.quantization_config is not None:
         if args.keep_float is not DEFAULT_KEEP_FLOAT or args.weight_only is not DEFAULT_WEIGHT_ONLY:
@@ -386,24 +418,45 @@ def generator_for(seed: int, *key: Any) -> torch.Generator:
 
 # Pipelines of the same parts; a checkpoint may have been saved by any of them.
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline")
+PIPELINES += ("StableDiffusionXLPipeline",)
+TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")  # the latter two of SDXL alone
+WITHOUT_WEIGHTS = ("tokenizer", "scheduler")  # names of parts begin so
+KNOWN_CONDITIONING = (("encoder_hid_dim_type", "text_proj"), ("addition_embed_type", "text_time"))  # of UNets
 VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE")
 LFS_START = b"version https://git-lfs"
 LFS_POINTER = "a pointer of Git LFS, not the file itself: git lfs pull brings it"
-SINGLE_FILES = (".safetensors", ".ckpt")  # whole checkpoints, which are not read
+SINGLE_FILES = (".safetensors", ".ckpt")  # whole checkpoints; the latter are pickles, which are not read
+SINGLE_FILE_KINDS = ("v1", "v2", "xl_base")  # as diffusers calls them
 # A tokenizer gives some of these different ids, unless it has lost its vocabulary.
 TEST_WORDS = ["cat", "house", "sky", "water", "кот", "небо", "家", "空", "水", "集"]
 
 
 @dataclass
 class Pipeline:
-    """The parts of a Stable Diffusion checkpoint; only the UNet learns."""
+    """A Stable Diffusion checkpoint; only the UNet learns."""
 
-    tokenizer: PreTrainedTokenizerBase
-    text_encoder: PreTrainedModel
-    vae: ModelMixin
+    index: dict[str, Any]  # model_index.json
+    parts: dict[str, Any]  # the tokenizer and the text encoder, or both of each, and the VAE, as the index calls them
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
     sampler: SchedulerMixin  # the checkpoint's own, for validation
+    loras: list[dict[str, Any]] = field(default_factory=list)  # that were fused into it, as quant_model.pt records them
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        return [part for name, part in self.parts.items() if name.startswith("tokenizer")]
+
+    @property
+    def text_encoders(self) -> list[PreTrainedModel]:
+        return text_encoders(self.parts)
+
+    @property
+    def vae(self) -> Any:
+        return self.parts["vae"]
+
+    def with_unet(self, unet: UNet2DConditionModel) -> DiffusionPipeline:
+        """diffusers' pipeline, which paints."""
+        return make_pipeline(self.index, self.parts | {"unet": unet, "scheduler": copy.deepcopy(self.sampler)})
 
 
 def checkpoint_name(args: argparse.Namespace) -> str:
@@ -416,14 +469,44 @@ def checkpoint_name(args: argparse.Namespace) -> str:
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Pipeline:
     """Load the parts one by one, by the classes that model_index.json names (the safety checker is not needed here).
 
+    Sets --resolution where it was not given.
+
     Raises:
-        UsageError: the folder or id holds no Stable Diffusion 1.x/2.x text-to-image model, or a part is damaged.
+        UsageError: the folder or id holds no Stable Diffusion text-to-image model, or a part is damaged.
     """
     name = checkpoint_name(args)
     if name != args.pretrained_model_name_or_path:
         logger.info(f"{args.pretrained_model_name_or_path} has left the hub; using its copy {name}")
     index = load_index(name, args)
     unet_config = load_unet_config(name, args)
+    sampler, noise_scheduler = load_schedulers(name, index, args)
+    parts = {part: load_part(name, index, part, args) for part in [*text_parts(index), "vae"]}
+    check_parts(parts, unet_config, name)
+    vae = parts["vae"]
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1)
+    if args.resolution is None:
+        made_for = size_made_for(unet_config) or 512 // pixels
+        args.resolution = pixels * (made_for if isinstance(made_for, int) else min(made_for))
+    if args.resolution % pixels:
+        raise UsageError(f"--resolution {args.resolution}: the VAE of {name} needs a multiple of {pixels}")
+    for encoder in text_encoders(parts):
+        encoder.requires_grad_(False).to(accelerator.device)
+    vae.requires_grad_(False).to(accelerator.device, memory_format=torch.channels_last)
+    vae.use_slicing = is_xl(index)  # a batch of pictures of 1024 pixels would take more memory than the UNet
+    if accelerator.mixed_precision == "fp16" and vae.config.get("force_upcast"):  # in fp16 it overflows
+        for method in ("encode", "decode"):
+            in_fp32 = torch.autocast(accelerator.device.type, enabled=False)(getattr(vae, method))
+            setattr(vae, method, in_fp32)
+    unet = load_part(name, index, "unet", args)  # the largest, once all else is known to fit
+    pipeline = Pipeline(index, parts, unet, noise_scheduler, sampler)
+    if args.lora:
+        pipeline.loras = fuse_loras(pipeline.with_unet(unet), args)
+        unet.requires_grad_(True)  # again, after peft
+    return pipeline
+
+
+def load_schedulers(name: str, index: dict[str, Any], args: argparse.Namespace) -> tuple[SchedulerMixin, DDPMScheduler]:
+    """The checkpoint's own sampler, and what noises pictures by its betas."""
     sampler = load_part(name, index, "scheduler", args)
     if args.validation_prompts:
         try:  # an LCM sampler, say, may not have as many
@@ -436,15 +519,16 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Pipelin
     noise_scheduler = DDPMScheduler.from_config(sampler.config)
     if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UsageError(f"{name}: unknown prediction type {noise_scheduler.config.prediction_type}")
-    tokenizer, text_encoder, vae = (load_part(name, index, part, args) for part in ("tokenizer", "text_encoder", "vae"))
-    check_parts(tokenizer, text_encoder, vae, unet_config, name)
-    pixels = 2 ** (len(vae.config.block_out_channels) - 1)
-    if args.resolution % pixels:
-        raise UsageError(f"--resolution {args.resolution}: the VAE of {name} needs a multiple of {pixels}")
-    text_encoder.requires_grad_(False).to(accelerator.device)
-    vae.requires_grad_(False).to(accelerator.device, memory_format=torch.channels_last)
-    unet = load_part(name, index, "unet", args)  # the largest, once all else is known to fit
-    return Pipeline(tokenizer, text_encoder, vae, unet, noise_scheduler, sampler)
+    return sampler, noise_scheduler
+
+
+def size_made_for(unet_config: dict[str, Any]) -> int | list[int] | None:
+    """Latent edge, or height and width, that a checkpoint's UNet was made for; None where its config does not say."""
+    size = unet_config.get("sample_size")
+    if isinstance(size, int):
+        match = re.match(r"0\.([0-8])\.", str(unet_config.get("_diffusers_version")))
+        return max(64, size) if match else size  # before 0.9 they said 32, and the pipelines correct it
+    return list(size) if isinstance(size, (list, tuple)) else None
 
 
 def has_betas(scheduler: Any) -> bool:
@@ -456,24 +540,115 @@ def has_betas(scheduler: Any) -> bool:
 
 def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """model_index.json, which names the class of the pipeline and of each part."""
-    folder = Path(name)
-    if "://" in name:
-        raise UsageError(f"--pretrained_model_name_or_path {name}: give a hub id such as owner/model, or a folder")
+    source = settings_source(name, args)
+    folder, given = Path(source), f"--pretrained_model_name_or_path {name}"
+    if source != name:
+        given += f", --config {source}" if args.config else f", whose settings are those of {source}"
+    elif args.config:
+        raise UsageError(f"--config is for a single .safetensors file, which {name} is not: leave it out")
+    if "://" in source:
+        raise UsageError(f"{given}: give a hub id such as owner/model, or a folder")
     if (folder.exists() or folder.suffix in SINGLE_FILES) and not (folder / "model_index.json").is_file():
-        raise UsageError(f"--pretrained_model_name_or_path {name}: {no_checkpoint(folder)}")
-    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UsageError(f"--pretrained_model_name_or_path {name}: no such folder, and no hub id such as owner/model")
+        raise UsageError(f"{given}: {no_checkpoint(folder)}")
+    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise UsageError(f"{given}: no such folder, and no hub id such as owner/model")
     try:
-        options = {"revision": args.revision, "cache_dir": args.cache_dir}
-        index = dict(StableDiffusionPipeline.load_config(name, **options))
+        index = dict(StableDiffusionPipeline.load_config(source, **hub_options(args)))
         kind = index["_class_name"]
     except Exception as error:  # of the hub, of JSON, ...
         damaged = f"model_index.json is damaged, copy it again ({first_line(error)})"
         reason = damaged if folder.exists() else f"no such folder, and not to be had from the hub: {first_line(error)}"
-        raise UsageError(f"--pretrained_model_name_or_path {name}: {reason}") from error
+        remedy = ": give --config FOLDER, a checkpoint of its kind, of which no weights are needed" * (source != name)
+        raise UsageError(f"{given}: {reason}{remedy}") from error
     if kind not in PIPELINES:
-        raise UsageError(f"{name} is a {kind}; only StableDiffusionPipeline checkpoints (1.x, 2.x) are supported")
+        raise UsageError(f"{source} is a {kind}; only Stable Diffusion 1.x, 2.x and XL are supported")
+    if is_single_file(name) and is_xl(index) != is_xl_file(name):
+        raise UsageError(f"{name} is {'no ' * is_xl(index)}SDXL by its keys, but --config {source} is a {kind}")
     return index
+
+
+def hub_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"revision": args.revision, "cache_dir": args.cache_dir}
+
+
+def is_single_file(name: str) -> bool:
+    return name.endswith(SINGLE_FILES[0]) and Path(name).is_file()
+
+
+def settings_source(name: str, args: argparse.Namespace) -> str:
+    """Folder or hub id with the settings and tokenizers: the checkpoint itself, unless that is a single file.
+
+    Raises:
+        UsageError: the file is no Stable Diffusion.
+    """
+    if not is_single_file(name):
+        return name
+    if args.variant:
+        raise UsageError(f"--variant {args.variant} is for a folder, which {name} is not: leave it out")
+    kind = single_file_kind(name)
+    if args.config:
+        return args.config
+    if kind not in SINGLE_FILE_KINDS:
+        raise UsageError(f"{name} is a checkpoint of kind {kind}; only {', '.join(SINGLE_FILE_KINDS)} are supported")
+    return single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+
+
+def is_xl_file(name: str) -> bool:
+    return any(key.startswith("conditioner.embedders.1.") for key in load_file(name))
+
+
+@functools.cache
+def single_file_kind(name: str) -> str:
+    """What diffusers makes of its tensors' names and shapes."""
+    if is_lfs_pointer(name):
+        raise UsageError(f"{name} is {LFS_POINTER}")
+    try:
+        tensors = load_file(name)  # which maps them, and reads none
+    except Exception as error:  # a damaged file fails in many ways
+        raise UsageError(f"{name} is damaged ({first_line(error)}): copy it again") from error
+    if not any(key.startswith("model.diffusion_model.") for key in tensors):
+        raise UsageError(f"{name} is no whole checkpoint of Stable Diffusion: it has no model.diffusion_model")
+    return single_file_utils.infer_diffusers_model_type(tensors)
+
+
+def is_xl(index: dict[str, Any]) -> bool:
+    return "XL" in index["_class_name"]
+
+
+def pipeline_kind(index: dict[str, Any]) -> str:
+    """Of which quant_model.pt is."""
+    return "StableDiffusionXLPipeline" if is_xl(index) else "StableDiffusionPipeline"
+
+
+def text_parts(index: dict[str, Any]) -> tuple[str, ...]:
+    """Tokenizer and text encoder, or two of each."""
+    return TEXT_PARTS if is_xl(index) else TEXT_PARTS[:2]
+
+
+def text_encoders(parts: dict[str, Any]) -> list[PreTrainedModel]:
+    return [part for name, part in parts.items() if name.startswith("text_encoder")]
+
+
+def make_pipeline(index: dict[str, Any], parts: dict[str, Any]) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """diffusers' pipeline of the parts, without a safety checker."""
+    if is_xl(index):
+        zeros = index.get("force_zeros_for_empty_prompt", True)
+        return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts, **rest)
+
+
+def encode_captions(encoders: list[PreTrainedModel], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the UNet is told of captions, whose ids are [B, encoders, L]: encoder_hidden_states [B, L, D].
+
+    SDXL (arXiv 2307.01952) joins what the last layer but one of both encoders gives, and has text_embeds [B, P] of the
+    second one besides.
+    """
+    if len(encoders) == 1:
+        return {"encoder_hidden_states": encoders[0](input_ids[:, 0])[0]}
+    outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, input_ids.unbind(dim=1))]
+    hidden_states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return {"encoder_hidden_states": hidden_states, "text_embeds": outputs[-1][0]}
 
 
 def no_checkpoint(path: Path) -> str:
@@ -484,12 +659,16 @@ def no_checkpoint(path: Path) -> str:
         return f"the checkpoint is one level down: give {nested[0]}"
     if (path.parent / "model_index.json").is_file():
         return f"a part of a checkpoint: give the whole, {path.parent}"
-    if single:
+    if single and single[0].suffix == SINGLE_FILES[0] and single[0].is_file():
+        return f"a folder without model_index.json: give the file in it, {single[0]}"
+    if single and single[0].is_file():
         convert = f"P.from_single_file('{single[0]}').save_pretrained('FOLDER')"
         return (
-            "a single file is not read; make a diffusers folder of it, and give that: "
+            f"{single[0].name} is a pickle, which could run code; where you trust it, make a diffusers folder of it: "
             f'python -c "from diffusers import StableDiffusionPipeline as P; {convert}"'
         )
+    if single:
+        return "no such file"
     return "no model_index.json in it: give the folder of a diffusers checkpoint, or a hub id"
 
 
@@ -508,11 +687,13 @@ def load_part(
     if kind is None or kind not in allowed or not hasattr(found, kind):
         known = f"not {' or '.join(allowed)}" if kind not in allowed else "a class that diffusers does not have"
         raise UsageError(f"{name}: its {part} is {kind and f'{library}.{kind}'}, {known}: it cannot be used here")
-    options: dict[str, Any] = {"subfolder": part, "revision": args.revision, "cache_dir": args.cache_dir}
+    options: dict[str, Any] = {"subfolder": part, **hub_options(args)}
     missing = []
     try:
-        if part in ("tokenizer", "scheduler"):
-            return getattr(found, kind).from_pretrained(name, **options)
+        if part.startswith(WITHOUT_WEIGHTS):
+            return getattr(found, kind).from_pretrained(settings_source(name, args), **options)
+        if is_single_file(name):
+            return aligned(from_single_file(name, index, part, args, dtype))
         options |= {"dtype": dtype, "output_loading_info": True}
         try:
             loaded, info = getattr(found, kind).from_pretrained(name, variant=args.variant, **options)
@@ -526,6 +707,28 @@ def load_part(
         raise UsageError(f"{name}: {part_problem(Path(name), part, args.variant, error)}") from error
     if missing:
         raise UsageError(f"{name}: its {part} lacks {len(missing)} tensors, such as {min(missing)}: copy it again")
+    return aligned(loaded)
+
+
+def aligned(model: nn.Module) -> nn.Module:
+    """With tensors where vector instructions want them, not as they lie in a file: sums may come in another order."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    return model
+
+
+def from_single_file(name: str, index: dict[str, Any], part: str, args: argparse.Namespace, dtype: torch.dtype) -> Any:
+    """A part with weights out of one file, in the original layout of Stable Diffusion, by diffusers."""
+    others = [other for other, named in index.items() if isinstance(named, (list, tuple)) and other != part]
+    whole = StableDiffusionXLPipeline if is_xl(index) else StableDiffusionPipeline
+    options = {"config": settings_source(name, args), **hub_options(args), **dict.fromkeys(others)}
+    try:
+        loaded = getattr(whole.from_single_file(name, dtype=dtype, **options), part)
+    except NotImplementedError as error:  # a tensor that the file lacks has no data to be moved
+        raise ValueError("it lacks tensors") from error
+    if any(tensor.is_meta for tensor in loaded.state_dict().values()):
+        raise ValueError("it lacks tensors")
     return loaded
 
 
@@ -544,6 +747,8 @@ def is_lfs_pointer(path: str | Path) -> bool:
 def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseException) -> str:
     """Why a part could not be loaded, and what to do about it; libraries name neither the part nor the remedy."""
     folder = checkpoint / part
+    if checkpoint.is_file():
+        return f"its {part} could not be loaded: {first_line(error)}; is --config a checkpoint of the same kind?"
     if not checkpoint.is_dir():  # the hub's
         return f"its {part} could not be loaded: {first_line(error)}"
     if not folder.is_dir():
@@ -554,7 +759,7 @@ def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseEx
         if not file.stat().st_size:
             return f"{part}/{file.name} is empty: copy it again"
     there = variants(folder)
-    if part not in ("tokenizer", "scheduler") and (folder / "config.json").is_file() and not there & {variant, None}:
+    if not part.startswith(WITHOUT_WEIGHTS) and (folder / "config.json").is_file() and not there & {variant, None}:
         found = f"only the variant {max(there)}: give --variant {max(there)}" if there else "no weights: copy them"
         return f"its {part} has {found}"
     if isinstance(error, ImportError):
@@ -567,41 +772,79 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The settings of the checkpoint's UNet.
 
     Raises:
-        UsageError: there are none, or its inputs are not those of Stable Diffusion 1.x/2.x.
+        UsageError: there are none, or its inputs are not those of Stable Diffusion.
     """
     try:
-        options = {"revision": args.revision, "cache_dir": args.cache_dir}
-        config = dict(UNet2DConditionModel.load_config(name, subfolder="unet", **options))
+        source = settings_source(name, args)
+        config = dict(UNet2DConditionModel.load_config(source, subfolder="unet", **hub_options(args)))
+    except UsageError:
+        raise
     except Exception as error:  # of the hub, of JSON, ...
-        raise UsageError(f"{name}: {part_problem(Path(name), 'unet', args.variant, error)}") from error
+        raise UsageError(f"{source}: {part_problem(Path(source), 'unet', args.variant, error)}") from error
     more = "class_embed_type num_class_embeds addition_embed_type class_embeddings_concat dual_cross_attention"
     for key in [*more.split(), "encoder_hid_dim_type"]:
-        if config.get(key) and config[key] != "text_proj":
+        if config.get(key) and (key, config[key]) not in KNOWN_CONDITIONING:
             raise UsageError(f"{name}: its UNet wants more than a caption ({key}), which is not supported")
     if config.get("out_channels", 4) != config.get("in_channels", 4):
         raise UsageError(f"{name}: its UNet takes and gives other numbers of channels: only text-to-image models work")
     return config
 
 
-def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[str, Any], name: str) -> None:
-    """The parts must fit each other; gives the tokenizer the length that the text encoder reads.
+def check_parts(parts: dict[str, Any], unet_config: dict[str, Any], name: str) -> None:
+    """The parts must fit each other; gives the tokenizers the length that the text encoders read.
 
     Raises:
-        UsageError: they do not, or the tokenizer has lost its vocabulary.
+        UsageError: they do not, or a tokenizer has lost its vocabulary.
     """
+    vae, encoders, ids = parts["vae"], text_encoders(parts), []
+    for part in filter(parts.get, TEXT_PARTS[::2]):
+        check_tokenizer(parts[part], parts[part.replace("tokenizer", "text_encoder")], part, name)
+        ids.append(parts[part]("a", padding="max_length", truncation=True, return_tensors="pt").input_ids)
+    channels = unet_config.get("in_channels", 4)
+    if channels != vae.config.latent_channels:
+        made = f"its UNet takes {channels} channels, its VAE makes {vae.config.latent_channels}"
+        raise UsageError(f"{name}: {made}: only text-to-image models are supported, with the VAE that belongs to them")
+    if not vae.config.get("scaling_factor"):
+        raise UsageError(f"{name}: its VAE names no scaling_factor, which vae/config.json must")
+    if vae.config.get("latents_mean") is not None:
+        raise UsageError(f"{name}: its VAE shifts its latents (latents_mean), which is not supported")
+    if len({tensor.shape for tensor in ids}) > 1:
+        raise UsageError(f"{name}: its tokenizers make {' and '.join(str(len(tensor[0])) for tensor in ids)} tokens")
+    width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", 1280)
+    widths = set(width) if isinstance(width, (list, tuple)) else {width}
+    with torch.no_grad():
+        told = encode_captions(encoders, torch.stack(ids, dim=1))
+    made = list(told["encoder_hidden_states"].shape)
+    if len(made) != 3 or widths != {made[2]}:
+        kinds, wanted = " and ".join(type(encoder).__name__ for encoder in encoders), f"[1, {made[1]}, {max(widths)}]"
+        raise UsageError(f"{name}: its text encoder, {kinds}, makes {made} of a caption, its UNet reads {wanted}")
+    pooled, added = told.get("text_embeds"), unet_config.get("addition_embed_type")
+    if (pooled is not None) != (added == "text_time"):
+        raise UsageError(f"{name}: its UNet has addition_embed_type {added}: it belongs to another kind of pipeline")
+    if pooled is not None:
+        made = list(pooled.shape)
+        wanted = unet_config.get("projection_class_embeddings_input_dim", 0)
+        wanted -= 6 * (unet_config.get("addition_time_embed_dim") or 0)  # of sizes and crop
+        if made != [1, wanted]:
+            problem = f"{type(encoders[-1]).__name__}, pools a caption to {made}, its UNet reads [1, {wanted}]"
+            raise UsageError(f"{name}: its second text encoder, {problem}")
+
+
+def check_tokenizer(tokenizer: Any, text_encoder: Any, part: str, name: str) -> None:
+    """Part of check_parts; `part` is what the checkpoint calls the tokenizer."""
     vocabulary = tokenizer.get_vocab()
     own = [token for token in list(vocabulary)[:1000] if token not in tokenizer.all_special_tokens]
     if tokenizer.pad_token is None:
-        raise UsageError(f"{name}: its tokenizer has no pad_token, which tokenizer/tokenizer_config.json must name")
+        raise UsageError(f"{name}: its {part} has no pad_token, which {part}/tokenizer_config.json must name")
     if len({frozenset(ids) for ids in tokenizer(TEST_WORDS + own).input_ids}) == 1:
-        raise UsageError(f"{name}: its tokenizer knows no words: copy the folder tokenizer with its vocabulary again")
+        raise UsageError(f"{name}: its {part} knows no words: copy the folder {part} with its vocabulary again")
     words = [token[:-4] for token in vocabulary if re.fullmatch("[a-z]{3,}</w>", token)][:1000]
     if words and sum(len(ids) > 1 for ids in tokenizer(words, add_special_tokens=False).input_ids) > len(words) / 2:
-        raise UsageError(f"{name}: its tokenizer spells the words that it has: copy tokenizer/merges.txt again")
+        raise UsageError(f"{name}: its {part} spells the words that it has: copy {part}/merges.txt again")
     highest, readable = max(vocabulary.values()), text_encoder.get_input_embeddings().num_embeddings
     if highest >= readable:
         raise UsageError(
-            f"{name}: its tokenizer has ids up to {highest}, its text encoder reads {readable} of them: they are of "
+            f"{name}: its {part} has ids up to {highest}, its text encoder reads {readable} of them: they are of "
             "different checkpoints, or tokens were added without resize_token_embeddings"
         )
     positions = getattr(text_encoder.config, "max_position_embeddings", None)
@@ -611,20 +854,74 @@ def check_parts(tokenizer: Any, text_encoder: Any, vae: Any, unet_config: dict[s
     tokenizer.model_max_length = min(own_length if own_length > 2 else math.inf, positions or 77)
     if getattr(text_encoder.config, "use_attention_mask", False):
         raise UsageError(f"{name}: its text encoder wants attention masks, which are not supported")
-    channels = unet_config.get("in_channels", 4)
-    if channels != vae.config.latent_channels:
-        made = f"its UNet takes {channels} channels, its VAE makes {vae.config.latent_channels}"
-        raise UsageError(f"{name}: {made}: only text-to-image models are supported, with the VAE that belongs to them")
-    if not vae.config.get("scaling_factor"):
-        raise UsageError(f"{name}: its VAE names no scaling_factor, which vae/config.json must")
-    width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", 1280)
-    widths = set(width) if isinstance(width, (list, tuple)) else {width}
-    ids = tokenizer("a", padding="max_length", truncation=True, return_tensors="pt").input_ids
-    with torch.no_grad():
-        made = list(text_encoder(ids)[0].shape)
-    if len(made) != 3 or widths != {made[2]}:
-        kind, wanted = type(text_encoder).__name__, f"[1, {made[1]}, {max(widths)}]"
-        raise UsageError(f"{name}: its text encoder, {kind}, makes {made} of a caption, its UNet reads {wanted}")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fuse_loras(pipeline: DiffusionPipeline, args: argparse.Namespace, with_unet: bool = True) -> list[dict[str, Any]]:
+    """Add each --lora, times its weight, to the weights it is for; returns what quant_model.pt records of them.
+
+    Without the UNet, which has its own already where it is int8, only to those of the text encoders.
+
+    Raises:
+        UsageError: one is for another architecture, or in no format that diffusers reads.
+    """
+    records, parts = [], [part for part in ("unet", *TEXT_PARTS[1::2]) if getattr(pipeline, part, None) is not None]
+    for path, weight in args.lora or []:
+        options = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
+        try:
+            tensors, alphas, metadata = pipeline.lora_state_dict(
+                str(path.parent), unet_config=pipeline.unet.config, return_lora_metadata=True, **options
+            )
+        except Exception as error:  # of safetensors, of names that diffusers does not know, ...
+            problem = LFS_POINTER if is_lfs_pointer(path) else f"no LoRA that can be read ({first_line(error)})"
+            raise UsageError(f"--lora {path}: {problem}") from error
+        layers = {part: layers_of_lora(tensors, part) for part in parts}
+        strange = [name for name in tensors if name.split(".")[0] not in parts]
+        if strange or not any(layers.values()):
+            reason = f"it is for a {strange[0].split('.')[0]}" if strange else "it holds no layers"
+            raise UsageError(f"--lora {path} does not fit {args.pretrained_model_name_or_path}: {reason}")
+        fused = [part for part in parts if layers[part] and (with_unet or part != "unet")]
+        for part in fused:
+            load_lora(pipeline, part, tensors, alphas, metadata, path, layers[part])
+        if fused:
+            pipeline.fuse_lora(components=fused, lora_scale=weight)
+            pipeline.unload_lora_weights()
+        in_text = any(count for part, count in layers.items() if part != "unet")
+        records.append({"name": path.name, "weight": weight, "sha256": sha256(path), "text_encoder": in_text})
+        counts = [f"{layers[part]} layers of the {part}" for part in fused]
+        logger.info(f"fused {path.name}, weight {weight}: {', '.join(counts) or 'in the int8 UNet already'}")
+    return records
+
+
+def layers_of_lora(tensors: dict[str, torch.Tensor], part: str) -> int:
+    """How many of a part's layers it changes, in the names that diffusers has for it, old and new."""
+    return sum(name.startswith(f"{part}.") and name.endswith(("lora_A.weight", "down.weight")) for name in tensors)
+
+
+def load_lora(
+    pipeline: DiffusionPipeline, part: str, tensors: dict, alphas: Any, metadata: Any, path: Path, layers: int
+) -> None:
+    """Put the LoRA's layers beside those of a part.
+
+    Raises:
+        UsageError: the part has no such layers, or of other sizes.
+    """
+    model, options = getattr(pipeline, part), {"network_alphas": alphas, "metadata": metadata, "adapter_name": "lora"}
+    try:
+        if part == "unet":
+            pipeline.load_lora_into_unet(tensors, unet=model, **options)
+        else:
+            pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, prefix=part, **options)
+        found = sum(hasattr(module, "lora_A") for module in model.modules())
+        problem = f"{found} of its {layers} layers are there" if found != layers else None
+    except Exception as error:  # of peft, where no name or shape fits
+        problem = first_line(error)
+    if problem:
+        raise UsageError(f"--lora {path} does not fit the checkpoint's {part}: {problem[:200]}")
 
 
 def split(unet: UNet2DConditionModel, accelerator: Accelerator) -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
@@ -925,7 +1222,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class CaptionedImages(Dataset):
-    """Pairs as tensors: pixel_values [3, H, W] in -1..1, input_ids [L], L the tokenizer's length.
+    """Pairs as tensors: pixel_values [3, H, W] in -1..1, input_ids [tokenizers, L], time_ids [6] (see crop_to_square).
 
     A key is (epoch, row); crop, flip, emptied caption and which of several captions are functions of it and the seed.
     `rows` are (path, caption or captions), or a dataset's, of which `columns` says what is where.
@@ -933,8 +1230,10 @@ class CaptionedImages(Dataset):
 
     remedy = "mend them, or take them out of the data"  # where too many pictures cannot be read
 
-    def __init__(self, rows: Any, tokenizer: Any, args: argparse.Namespace, columns: Columns | None = None) -> None:
-        self.rows, self.tokenizer, self.columns = rows, tokenizer, columns
+    def __init__(
+        self, rows: Any, tokenizers: list[Any], args: argparse.Namespace, columns: Columns | None = None
+    ) -> None:
+        self.rows, self.tokenizers, self.columns = rows, tokenizers, columns
         self.resolution, self.center_crop, self.random_flip = args.resolution, args.center_crop, args.random_flip
         self.proportion_empty_prompts, self.seed = args.proportion_empty_prompts, args.seed
 
@@ -964,9 +1263,12 @@ class CaptionedImages(Dataset):
         return int(draw * len(self) + attempt * 7919) % len(self)
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """[N, L], as the pipeline does it: a textual inversion of several vectors has several tokens."""
-        captions = TextualInversionLoaderMixin().maybe_convert_prompt(captions, self.tokenizer)
-        return self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        """[N, tokenizers, L], as the pipeline does it: a textual inversion of several vectors has several tokens."""
+        ids = []
+        for tokenizer in self.tokenizers:
+            converted = TextualInversionLoaderMixin().maybe_convert_prompt(captions, tokenizer)
+            ids.append(tokenizer(converted, padding="max_length", truncation=True, return_tensors="pt").input_ids)
+        return torch.stack(ids, dim=1)
 
     def draws(self, epoch: int, row: int) -> list[float]:
         """Between 0 and 1: for crop (x, y), flip, emptied caption, substitute, which of several captions."""
@@ -998,14 +1300,15 @@ class CaptionedImages(Dataset):
                 replaced += 1
                 row = self.substitute(row, draws[4], replaced)
         image = image or Image.new("RGB", (1, 1))  # never trained with: Watch ends the run
-        pixels = crop_to_square(image, self.resolution, (0.5, 0.5) if self.center_crop else (draws[0], draws[1]))
-        if mirrored:
-            pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        position = (0.5, 0.5) if self.center_crop else (draws[0], draws[1])
+        pixels, time_ids = crop_to_square(image, self.resolution, position, mirrored)
         caption = "" if emptied else self.choose(captions, draws)
         pixel_values = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1.0
         return {
             "pixel_values": pixel_values,
             "input_ids": self.tokenize([caption])[0],
+            "time_ids": torch.tensor(time_ids, dtype=torch.float32),
+            "emptied": torch.tensor(not caption),
             "replaced": torch.tensor(replaced),
             "failure": failure,
             "captioned": torch.tensor(bool(captions)),
@@ -1017,13 +1320,22 @@ def picture_name(picture: Any, row: int) -> str:
     return name if isinstance(name, str) and len(name) < 1000 else f"row {row}"
 
 
-def crop_to_square(image: Image.Image, size: int, position: tuple[float, float]) -> Image.Image:
-    """Scale the shorter edge to `size` and cut a square at `position` (0..1 of the room there is)."""
+def crop_to_square(
+    image: Image.Image, size: int, position: tuple[float, float], mirrored: bool = False
+) -> tuple[Image.Image, list[int]]:
+    """Scale the shorter edge to `size`, and cut a square at `position` (0..1 of the room there is).
+
+    Also what SDXL is told of that (arXiv 2307.01952, section 2.2): height and width of the picture as it was; top and
+    left of the square in the scaled picture, mirrored where the square is; height and width of the square.
+    """
     scale = size / min(image.size)
     width, height = (max(size, round(edge * scale)) for edge in image.size)
     left, top = (round((edge - size) * at) for edge, at in zip((width, height), position))
     box = (left / scale, top / scale, min(image.width, (left + size) / scale), min(image.height, (top + size) / scale))
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    square = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    if mirrored:
+        square, left = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT), width - size - left
+    return square, [image.height, image.width, top, left, size, size]
 
 
 class StreamedImages(CaptionedImages):
@@ -1035,8 +1347,8 @@ class StreamedImages(CaptionedImages):
     A row is a place in a lane, times the number of lanes, plus the lane.
     """
 
-    def __init__(self, rows: Any, tokenizer: Any, args: argparse.Namespace, columns: Columns) -> None:
-        super().__init__(rows, tokenizer, args, columns)
+    def __init__(self, rows: Any, tokenizers: list[Any], args: argparse.Namespace, columns: Columns) -> None:
+        super().__init__(rows, tokenizers, args, columns)
         self.lanes = self.parts = 1  # where lanes are more than files, each reads one part of a file
         first = itertools.islice(self.pairs(0, passes=1), STREAM_BLOCK)
         pictures, self.first_captions = zip(*((picture is not None, captions) for picture, captions in first))
@@ -1129,18 +1441,18 @@ def tar_columns(files: list[str]) -> list[str]:
     return []
 
 
-def load_dataset(args: argparse.Namespace, pipeline: Pipeline) -> CaptionedImages:
+def load_dataset(args: argparse.Namespace, tokenizers: list[Any]) -> CaptionedImages:
     """The pairs of a folder, of tars or of a dataset."""
     folder = args.train_data_dir
     if folder is not None and not args.streaming and not is_saved_dataset(folder):
         rows = read_metadata(folder, args.image_column or "file_name", args.caption_column)
-        dataset = CaptionedImages(rows[: args.max_train_samples], pipeline.tokenizer, args)
+        dataset = CaptionedImages(rows[: args.max_train_samples], tokenizers, args)
         if (folder / ".create_metadata.sha256").is_file():
             dataset.remedy = f"run create_metadata.py --image_path {folder} --overwrite, which leaves such pictures out"
     else:
         rows, columns = load_rows(args)
         kind = StreamedImages if args.streaming else CaptionedImages
-        dataset = kind(rows, pipeline.tokenizer, args, columns)
+        dataset = kind(rows, tokenizers, args, columns)
     size = f"streaming from {dataset.rows.num_shards} files" if args.streaming else f"{len(dataset)} captioned pictures"
     logger.info(size)
     return dataset
@@ -1240,15 +1552,16 @@ def describe_captions(dataset: CaptionedImages, args: argparse.Namespace) -> Non
     if not captions and args.proportion_empty_prompts < 1:
         remedy = "see --caption_column, or train without by --proportion_empty_prompts 1"
         raise UsageError(f"none of {len(pairs)} pairs has a caption: {remedy}")
-    length = dataset.tokenizer.model_max_length
-    longer = sum(len(ids) > length for ids in dataset.tokenizer(captions).input_ids) if captions else 0
+    tokenizer = dataset.tokenizers[0]
+    length = tokenizer.model_max_length
+    longer = sum(len(ids) > length for ids in tokenizer(captions).input_ids) if captions else 0
     first = "first " * (args.streaming or len(pairs) == CAPTIONS_LOOKED_AT)
     logger.info(
         f"captions of the {first}{len(pairs)} pairs: {missing} missing, "
         f"{longer} cut, being longer than the {length} tokens that the text encoder reads"
     )
     for prompt in args.validation_prompts or []:
-        if len(dataset.tokenizer(prompt).input_ids) > length:
+        if len(tokenizer(prompt).input_ids) > length:
             logger.warning(f"--validation_prompts: {prompt[:60]!r}... is longer than the {length} tokens that are read")
     for key in itertools.chain.from_iterable(dataset.micro_batches(range(16), args)):
         draws, (_, captions) = dataset.draws(*key), dataset.pair(key[1])
@@ -1768,7 +2081,8 @@ def calibrate(
         noised = noise_pictures(pipeline, batch, (0, 1), 1, generator, accelerator)
         with accelerator.autocast():
             output = noised.predict(student)
-        for part, tensor in (("VAE", noised.latents), ("text encoder", noised.encoder_hidden_states), ("UNet", output)):
+        told = noised.conditioning["encoder_hidden_states"]
+        for part, tensor in (("VAE", noised.latents), ("text encoder", told), ("UNet", output)):
             finite[part] += bool(torch.isfinite(tensor).all())
         progress.update()
     progress.close()
@@ -1868,18 +2182,27 @@ def task_loss(
 
 def encode(
     pipeline: Pipeline, batch: dict[str, torch.Tensor], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means and deviations of the pictures' latents, [B, 2, 4, H/8, W/8], and the captions' embeddings, [B, L, D]."""
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Means and deviations of the pictures' latents, [B, 2, 4, H/8, W/8], and what `encode_captions` gives.
+
+    For SDXL time_ids [B, 6] besides, and zeros for an emptied caption, where the pipeline has them without guidance.
+    """
     if "latents" in batch:
-        return batch["latents"].to(device), batch["embeddings"].to(device)
+        told = {name: batch[name].to(device) for name in ("encoder_hidden_states", *ADDED) if name in batch}
+        return batch["latents"].to(device), told
     pixel_values = batch["pixel_values"].to(device).contiguous(memory_format=torch.channels_last)
     encoded = pipeline.vae.encode(pixel_values)
     if hasattr(encoded, "latents"):  # of an AutoencoderTiny, which has no distribution
         moments = encoded.latents, torch.zeros_like(encoded.latents)
     else:
         moments = encoded.latent_dist.mean, encoded.latent_dist.std
-    embeddings = pipeline.text_encoder(batch["input_ids"].to(device))[0]
-    return torch.stack(moments, dim=1).float(), embeddings
+    told = encode_captions(pipeline.text_encoders, batch["input_ids"].to(device))
+    if "text_embeds" in told:
+        if pipeline.index.get("force_zeros_for_empty_prompt", True):
+            for embeddings in told.values():
+                embeddings[batch["emptied"].to(device)] = 0
+        told["time_ids"] = batch["time_ids"].to(device)
+    return torch.stack(moments, dim=1).float(), told
 
 
 @dataclass
@@ -1888,15 +2211,15 @@ class Noised:
 
     noisy_latents: torch.Tensor  # [B, 4, H/8, W/8], as latents and noise
     timesteps: torch.Tensor  # [B]
-    encoder_hidden_states: torch.Tensor  # [B, L, D]
-    timestep_cond: torch.Tensor | None  # [B, time_cond_proj_dim], of a UNet that takes the guidance scale as an input
+    # encoder_hidden_states [B, L, D]; timestep_cond [B, time_cond_proj_dim], of a UNet that takes the guidance scale as
+    # an input; added_cond_kwargs of SDXL
+    conditioning: dict[str, Any]
     latents: torch.Tensor
     noise: torch.Tensor
 
     def predict(self, unet: nn.Module) -> torch.Tensor:
         """What the UNet makes of it, in fp32, [B, 4, H/8, W/8]."""
-        inputs = self.noisy_latents, self.timesteps, self.encoder_hidden_states
-        return unet(*inputs, timestep_cond=self.timestep_cond).sample.float()
+        return unet(self.noisy_latents, self.timesteps, **self.conditioning).sample.float()
 
 
 @torch.no_grad()
@@ -1914,19 +2237,23 @@ def noise_pictures(
     """
     scheduler, device = pipeline.noise_scheduler, accelerator.device
     with accelerator.autocast():
-        distribution, encoder_hidden_states = encode(pipeline, batch, device)
+        distribution, told = encode(pipeline, batch, device)
     latents = sample_latents(distribution, generator, pipeline.vae)
     noise = torch.randn(latents.shape, generator=generator).to(device)
     timesteps = sample_timesteps(scheduler, len(latents), part, power, generator).to(device)
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    timestep_cond, width = None, pipeline.unet.config.time_cond_proj_dim
+    conditioning: dict[str, Any] = {"encoder_hidden_states": told.pop("encoder_hidden_states")}
+    if told:
+        conditioning["added_cond_kwargs"] = told
+    width = pipeline.unet.config.time_cond_proj_dim
     if width is not None:
         scales = GUIDANCE_SCALES[0] + (GUIDANCE_SCALES[1] - GUIDANCE_SCALES[0]) * torch.rand(
             len(latents), generator=generator
         )
         # as the pipeline does it, of the scale - 1 (arXiv 2310.04378); it needs nothing of a pipeline itself
-        timestep_cond = StableDiffusionPipeline.get_guidance_scale_embedding(None, scales - 1, width).to(device)
-    return Noised(noisy_latents, timesteps, encoder_hidden_states, timestep_cond, latents, noise)
+        embedding = StableDiffusionPipeline.get_guidance_scale_embedding(None, scales - 1, width)
+        conditioning["timestep_cond"] = embedding.to(device)
+    return Noised(noisy_latents, timesteps, conditioning, latents, noise)
 
 
 def sample_timesteps(
@@ -1942,7 +2269,7 @@ def sample_timesteps(
     return ((places / (parts * count)) ** power * scheduler.config.num_train_timesteps).long()
 
 
-def sample_latents(distribution: torch.Tensor, generator: torch.Generator, vae: ModelMixin) -> torch.Tensor:
+def sample_latents(distribution: torch.Tensor, generator: torch.Generator, vae: Any) -> torch.Tensor:
     mean, deviation = distribution.unbind(dim=1)
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     return (mean + deviation * noise) * vae.config.scaling_factor
@@ -1980,11 +2307,12 @@ class CachedLatents(Dataset):
                 continue
             batch = default_collate([self.dataset[key]])
             with accelerator.autocast():
-                latents, embeddings = (tensor[0].cpu() for tensor in encode(pipeline, batch, accelerator.device))
+                latents, told = encode(pipeline, batch, accelerator.device)
+            notes = {name: batch[name][0] for name in ("replaced", "failure", "captioned")}
+            tensors = {name: tensor[0].cpu().clone() for name, tensor in {"latents": latents, **told}.items()}
             try:
                 with open(file.with_suffix(".partial"), "wb") as partial:
-                    notes = {name: batch[name][0] for name in ("replaced", "failure", "captioned")}
-                    torch.save({"latents": latents.clone(), "embeddings": embeddings.clone(), **notes}, partial)
+                    torch.save(tensors | notes, partial)
                 file.with_suffix(".partial").rename(file)
             except (OSError, RuntimeError) as error:
                 raise TrainingError(f"{file} was not written: {reason_of(error)}") from error
@@ -1997,7 +2325,8 @@ def cache_latents(
     """Of the pairs that calibration and training will use, in a folder that is named after all they depend on."""
     content: Any = getattr(dataset.rows, "_fingerprint", None)  # of the datasets library
     content = content or [(*row, os.path.isfile(row[0]) and os.path.getsize(row[0])) for row in dataset.rows]
-    model = (args.pretrained_model_name_or_path, args.revision, args.variant, accelerator.mixed_precision)
+    names = (args.pretrained_model_name_or_path, args.config, args.revision, args.variant)
+    model = (*names, pipeline.loras, accelerator.mixed_precision)
     digest = hashlib.sha256(repr((content, dataset.columns, model, args.resolution)).encode()).hexdigest()
     cache = CachedLatents(dataset, args.output_dir / f"latents-{digest[:16]}")
     of_training = steps * args.gradient_accumulation_steps * accelerator.num_processes
@@ -2325,8 +2654,9 @@ CHECKPOINT_VERSION = "2"
 
 # Settings that the rest of a run depends on: with another value, a resumed run would not be the same run.
 RESUME_SETTINGS = (
-    "pretrained_model_name_or_path revision variant train_data_dir dataset_name dataset_config_name streaming "
-    "image_column caption_column max_train_samples resolution center_crop random_flip proportion_empty_prompts "
+    "pretrained_model_name_or_path config lora revision variant "
+    "train_data_dir dataset_name dataset_config_name streaming image_column caption_column max_train_samples "
+    "resolution center_crop random_flip proportion_empty_prompts "
     "cache_latents keep_float weight_only quantization_config kd_weight task_weight feature_kd_weight snr_gamma "
     "train_batch_size learning_rate bias_learning_rate quantizer_learning_rate scale_lr lr_scheduler lr_warmup_steps "
     "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm use_ema seed mixed_precision"
@@ -2381,7 +2711,8 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
         raise UsageError(
             f"{folder} is of another version of this script: resume with that one, or start in another --output_dir"
         )
-    changed = [f"{key} (then {settings.get(key)}, now {now[key]})" for key in now if now[key] != settings.get(key)]
+    then = {key: settings.get(key, "None") for key in now}
+    changed = [f"{key} (then {then[key]}, now {now[key]})" for key in now if now[key] != then[key]]
     if changed:
         raise UsageError(f"{folder} was written with other settings: {', '.join(changed)}; use the same, or start anew")
     logger.info(f"resuming from {folder}")
@@ -2402,16 +2733,7 @@ def validate(
     with trainer.exported_weights() as student:
         pictures = []
         for unet in (teacher, student.eval()):
-            painter = StableDiffusionPipeline(
-                vae=pipeline.vae,
-                text_encoder=pipeline.text_encoder,
-                tokenizer=pipeline.tokenizer,
-                unet=unet,
-                scheduler=copy.deepcopy(pipeline.sampler),
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
+            painter = pipeline.with_unet(unet)
             painter.set_progress_bar_config(disable=True)
             prompts = args.validation_prompts
             generators = [generator_for(args.seed, "validation", index) for index in range(len(prompts))]
@@ -2446,7 +2768,9 @@ def checksum(state_dict: dict[str, torch.Tensor]) -> str:
 def command_to_paint(quant_model: Path, pipeline: Pipeline, args: argparse.Namespace) -> str:
     """How to paint what was trained, with the flags that text2images.py needs for this checkpoint."""
     script, checkpoint = Path(__file__).with_name("text2images.py"), Path(args.pretrained_model_name_or_path)
-    flags = [f"--{name}={value}" for name in ("variant", "revision", "cache_dir") if (value := getattr(args, name))]
+    flags = [
+        f"--{name}={value}" for name in ("config", "variant", "revision", "cache_dir") if (value := getattr(args, name))
+    ]
     if pipeline.unet.config.sample_size is None:
         flags += [f"--height={args.resolution}", f"--width={args.resolution}"]
     if checkpoint.is_dir():
@@ -2457,11 +2781,12 @@ def command_to_paint(quant_model: Path, pipeline: Pipeline, args: argparse.Names
         copy.deepcopy(pipeline.sampler).set_timesteps(50)  # the default
     except Exception:
         flags += ["--num_inference_steps=4"]
+    flags += ["--lora"] * bool(args.lora) + [f"{path}:{weight}" for path, weight in args.lora or []]
     command = ["python", os.path.relpath(script), "-m", str(args.pretrained_model_name_or_path), "-qm"]
     return shlex.join([*command, str(quant_model), *flags, "-c", "a caption"])
 
 
-def save_int8(trainer: Trainer, config: Int8Config, args: argparse.Namespace) -> Path:
+def save_int8(trainer: Trainer, config: Int8Config, pipeline: Pipeline, args: argparse.Namespace) -> Path:
     """Convert the student and write quant_model.pt, a plain dict that loads without running code (see README)."""
     student = trainer.student.to("cpu", memory_format=torch.contiguous_format)
     weights = [weight for name, weight in student.named_parameters() if not name.endswith(GRIDS)]
@@ -2476,6 +2801,8 @@ def save_int8(trainer: Trainer, config: Int8Config, args: argparse.Namespace) ->
     payload = {
         "format": "sd-unet-int8",
         "format_version": 1,
+        "pipeline": pipeline_kind(pipeline.index),
+        "loras": pipeline.loras,
         "unet_config": unet_config,
         "base_model": args.pretrained_model_name_or_path,
         "quantization": config.to_dict(),
@@ -2520,8 +2847,8 @@ def push_to_hub(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = start(args)  # threads, precision, logging, output folder
-    pipeline = load_pipeline(args, accelerator)  # tokenizer, text encoder, VAE, UNet, scheduler
-    dataset = load_dataset(args, pipeline)  # metadata.jsonl -> pixel_values [B, 3, H, W], input_ids [B, L]
+    pipeline = load_pipeline(args, accelerator)  # tokenizers, text encoders, VAE, UNet, scheduler
+    dataset = load_dataset(args, pipeline.tokenizers)  # metadata.jsonl -> pixel_values [B, 3, H, W], input_ids, ...
     describe_captions(dataset, args)
     steps = total_steps(args, dataset, accelerator)
     checkpoint = find_checkpoint(args)
@@ -2542,7 +2869,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.init_trackers("text-to-image-qat")
     distill(trainer, teacher, pipeline, dataset, steps, accelerator, args)  # the training loop
     if accelerator.is_main_process:
-        path = save_int8(trainer, config, args)  # convert -> quant_model.pt
+        path = save_int8(trainer, config, pipeline, args)  # convert -> quant_model.pt
         logger.info(f"next: {command_to_paint(path, pipeline, args)}")
         if args.push_to_hub:
             push_to_hub(args)

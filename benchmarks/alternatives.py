@@ -49,7 +49,7 @@ def calibrate_by_painting(student, pipeline, dataset, accelerator, args) -> None
         generator = trainer.generator_for(args.seed, "calibration", batch)
         rows = torch.randint(len(dataset), (4,), generator=generator).tolist()
         input_ids = dataset.tokenize([""] * 4 + [dataset.rows[row][1] for row in rows])
-        encoder_hidden_states = pipeline.text_encoder(input_ids)[0]
+        encoder_hidden_states = pipeline.text_encoders[0](input_ids[:, 0])[0]
         latents = torch.randn((4, student.config.in_channels, edge, edge), generator=generator)
         for timestep in scheduler.timesteps:
             with accelerator.autocast():
@@ -176,7 +176,7 @@ def published() -> None:
             if isinstance(module, FakeQuantize):
                 module.enable_fake_quant()
 
-    def save(run: trainer.Trainer, config: Any, args: Any) -> None:
+    def save(run: trainer.Trainer, config: Any, pipeline: Any, args: Any) -> None:
         if run.ema is not None:
             run.ema.copy_to(run.student.parameters())
         torch.save(run.student.state_dict(), args.output_dir / "quant_model.pt")
@@ -209,6 +209,7 @@ class NncfUNet(painter.OpenVINOUNet):
     def __init__(self, model: Any, config: dict[str, Any], settings: dict[str, Any]) -> None:
         painter.ModelMixin.__init__(self)
         self.register_to_config(**config)
+        self.more_inputs = list(painter.inputs_of_unet(self.config))[3:]
         self.register_buffer("none", torch.empty(0))
         self.model, self.settings, self.shapes, self.seconds_compiling = model, settings, [], 0.0
 

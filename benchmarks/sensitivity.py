@@ -77,9 +77,10 @@ def trajectory(pipeline: trainer.Pipeline, args: argparse.Namespace) -> list[tup
     """(noisy_latents [2B, 4, H/8, W/8], timestep, encoder_hidden_states [2B, 77, D]) at evenly spread steps."""
     captions = [line for line in args.captions_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     captions = [captions[start * len(captions) // args.starts] for start in range(args.starts)]
-    words = {"padding": "max_length", "max_length": pipeline.tokenizer.model_max_length, "truncation": True}
-    input_ids = pipeline.tokenizer([""] * args.starts + captions, return_tensors="pt", **words).input_ids
-    encoder_hidden_states = pipeline.text_encoder(input_ids)[0]
+    (tokenizer,), (text_encoder,) = pipeline.tokenizers, pipeline.text_encoders
+    words = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    input_ids = tokenizer([""] * args.starts + captions, return_tensors="pt", **words).input_ids
+    encoder_hidden_states = text_encoder(input_ids)[0]
     scheduler = DDIMScheduler.from_config(pipeline.noise_scheduler.config)
     scheduler.set_timesteps(args.num_inference_steps)
     edge = args.resolution // 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
@@ -174,7 +175,7 @@ def measure(args: argparse.Namespace) -> dict:
     flags = {key: getattr(args, key) for key in ("pretrained_model_name_or_path", "train_data_dir", "resolution")}
     settings = trainer.parse_args([f"--{key}={value}" for key, value in flags.items()])
     pipeline = trainer.load_pipeline(settings, accelerator)
-    dataset = trainer.load_dataset(settings, pipeline)
+    dataset = trainer.load_dataset(settings, pipeline.tokenizers)
     unet = pipeline.unet.to(memory_format=torch.channels_last).eval()
     recipe = trainer.recipe(settings, unet)
     students = {}

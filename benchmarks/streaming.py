@@ -93,8 +93,8 @@ def row(what: str, batch: int, steps: int, marks: list[tuple[int, float, float, 
 
 def read_all(folder: Path, samples: int) -> dict:
     args = trainer.parse_args([*flags(folder), "--max_train_steps", "1", "--train_batch_size", str(BATCH)])
-    pipeline = argparse.Namespace(tokenizer=CLIPTokenizer.from_pretrained(MODEL, subfolder="tokenizer"))
-    dataset = trainer.load_dataset(args, pipeline)
+    tokenizers = [CLIPTokenizer.from_pretrained(MODEL, subfolder="tokenizer")]
+    dataset = trainer.load_dataset(args, tokenizers)
     keys = dataset.micro_batches(range(samples // BATCH), args)
     marks = []
     for number, batch in enumerate(DataLoader(dataset, batch_sampler=keys, num_workers=1)):
@@ -107,8 +107,8 @@ def read_all(folder: Path, samples: int) -> dict:
 def read_over(folder: Path, samples: int) -> dict:
     """What a resumed run waits for: the first micro-batch near the end of the stream."""
     args = trainer.parse_args([*flags(folder), "--max_train_steps", "1", "--train_batch_size", str(BATCH)])
-    pipeline = argparse.Namespace(tokenizer=CLIPTokenizer.from_pretrained(MODEL, subfolder="tokenizer"))
-    dataset = trainer.load_dataset(args, pipeline)
+    tokenizers = [CLIPTokenizer.from_pretrained(MODEL, subfolder="tokenizer")]
+    dataset = trainer.load_dataset(args, tokenizers)
     number = samples // BATCH - 1
     began, cpu_began = time.perf_counter(), time.process_time()
     (keys,) = dataset.micro_batches(range(number, number + 1), args)

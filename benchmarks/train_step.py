@@ -227,8 +227,8 @@ def encoding(args: argparse.Namespace) -> list[float]:
         vae = AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
         sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
         text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49408, **sizes))
-    pipeline = argparse.Namespace(vae=vae.to(memory_format=torch.channels_last), text_encoder=text_encoder)
-    edge, words = 8 * args.edge, torch.randint(text_encoder.config.vocab_size, (args.batch_size, 77))
+    pipeline = argparse.Namespace(vae=vae.to(memory_format=torch.channels_last), text_encoders=[text_encoder])
+    edge, words = 8 * args.edge, torch.randint(text_encoder.config.vocab_size, (args.batch_size, 1, 77))
     batch, seconds = {"pixel_values": torch.rand(args.batch_size, 3, edge, edge), "input_ids": words}, []
     for number in range(args.warmup + args.rounds):
         began = time.perf_counter()

@@ -27,10 +27,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32  # pixels of a picture of the tiny model
@@ -57,40 +64,83 @@ def tiny_unet() -> UNet2DConditionModel:
     )
 
 
-def tiny_pipeline(**scheduler: str) -> StableDiffusionPipeline:
-    torch.manual_seed(0)
+def tiny_tokenizer(**options: str) -> CLIPTokenizer:
+    """A token for every letter."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=len(pieces),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=len(pieces) - 2,
-        eos_token_id=len(pieces) - 1,
-        pad_token_id=len(pieces) - 1,
-    )
-    vae = AutoencoderKL(
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77, **options)
+
+
+def tiny_text_config(width: int, **options: Any) -> CLIPTextConfig:
+    sizes = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return CLIPTextConfig(vocab_size=514, **sizes, bos_token_id=512, eos_token_id=513, pad_token_id=513, **options)
+
+
+def tiny_vae(**options: Any) -> AutoencoderKL:
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(16, 32),
         norm_num_groups=8,
         sample_size=SIZE,
+        **options,
     )
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    schedule |= {"clip_sample": False, "steps_offset": 1}
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def tiny_pipeline(**scheduler: Any) -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    vae = tiny_vae()
     return StableDiffusionPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
+        text_encoder=CLIPTextModel(tiny_text_config(32)),
+        tokenizer=tiny_tokenizer(),
         unet=tiny_unet(),
-        scheduler=DDIMScheduler(**schedule, **scheduler),
+        scheduler=DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, **scheduler),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def tiny_xl_pipeline(**options: Any) -> StableDiffusionXLPipeline:
+    """Two text encoders of different widths, transformers of different depth, no attention at the finest size."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=32 + 48,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        norm_num_groups=8,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=40 + 6 * 8,
+    )
+    parts = dict(
+        vae=tiny_vae(scaling_factor=0.13025),
+        text_encoder=CLIPTextModel(tiny_text_config(32)),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(48, projection_dim=40, hidden_act="gelu")),
+        tokenizer=tiny_tokenizer(),
+        tokenizer_2=tiny_tokenizer(pad_token="!"),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+    )
+    return StableDiffusionXLPipeline(**(parts | options), add_watermarker=False)
+
+
+@pytest.fixture(scope="session")
+def xl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("xl")
+    tiny_xl_pipeline().save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -159,9 +159,9 @@ def test_metadata_in_another_encoding_or_not_there_at_all(tmp_path: Path, data: 
 def test_another_caption_is_drawn_in_another_epoch_by_seed_and_row(data_dir: Path) -> None:
     rows = [(str(data_dir / "0001.jpg"), ["one", "two", "three"])]
     flags = ["--proportion_empty_prompts", "0", "--resolution", str(SIZE)]
-    datasets = [trainer.CaptionedImages(rows, tiny_pipeline().tokenizer, parse(*flags)) for _ in "ab"]
-    words = {tuple(ids): word for word, ids in zip(rows[0][1], datasets[0].tokenize(rows[0][1]).tolist())}
-    first, again = ([words[tuple(d[(e, 0)]["input_ids"].tolist())] for e in range(60)] for d in datasets)
+    datasets = [trainer.CaptionedImages(rows, [tiny_pipeline().tokenizer], parse(*flags)) for _ in "ab"]
+    words = {tuple(ids[0]): word for word, ids in zip(rows[0][1], datasets[0].tokenize(rows[0][1]).tolist())}
+    first, again = ([words[tuple(d[(e, 0)]["input_ids"][0].tolist())] for e in range(60)] for d in datasets)
     assert first == again and min(Counter(first).values()) > 8 and len(set(first)) == 3
 
 
@@ -204,7 +204,7 @@ def test_data_without_any_caption_is_refused_unless_none_is_wanted(tmp_path: Pat
     rows = [(str(data_dir / "0001.jpg"), "")] * 3
     for share, refused in (("0.5", True), ("1", False)):
         args = parse("--resolution", str(SIZE), "--proportion_empty_prompts", share)
-        dataset = trainer.CaptionedImages(rows, tiny_pipeline().tokenizer, args)
+        dataset = trainer.CaptionedImages(rows, [tiny_pipeline().tokenizer], args)
         if refused:
             with pytest.raises(trainer.UsageError, match="none of 3 pairs has a caption: see --caption_column"):
                 trainer.describe_captions(dataset, args)
@@ -305,7 +305,7 @@ def captioned_table(column: Any) -> Any:
 
 def captions_of_dataset(tmp_path: Path, *flags: str) -> list[list[str]]:
     args = parse("--cache_dir", str(tmp_path / "cache"), "--resolution", str(SIZE), *flags)
-    return list(trainer.load_dataset(args, tiny_pipeline()).all_captions())
+    return list(trainer.load_dataset(args, [tiny_pipeline().tokenizer]).all_captions())
 
 
 def test_class_labels_of_datasets_and_folders(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_class_labels_of_datasets_and_folders(tmp_path: Path) -> None:
     flags = ["--dataset_name", str(tmp_path / "folders"), "--caption_column", "label"]
     assert captions_of_dataset(tmp_path, *flags) == [["hill"], ["hill"], ["lake"], ["lake"]]
     streamed = parse(*flags, "--streaming", "--max_train_steps", "1", "--cache_dir", str(tmp_path / "cache"))
-    found = trainer.load_dataset(streamed, tiny_pipeline()).all_captions()
+    found = trainer.load_dataset(streamed, [tiny_pipeline().tokenizer]).all_captions()
     assert sorted(found) == [["hill"], ["hill"], ["lake"], ["lake"]]
 
 
@@ -362,7 +362,7 @@ def test_datasets_on_disk_load(tmp_path: Path, kind: str, flag: str) -> None:
         args = parse(*flags, "--resolution", str(SIZE))
     for more in ({}, {"streaming": True, "max_train_steps": 1}):
         vars(args).update(more)
-        dataset = trainer.load_dataset(args, tiny_pipeline())
+        dataset = trainer.load_dataset(args, [tiny_pipeline().tokenizer])
         assert sorted(captions[0] for captions in dataset.all_captions()) == words
         keys = [key for batch in dataset.micro_batches(range(1), args) for key in batch]
         levels = {round(((dataset[key]["pixel_values"].mean() + 1) * 127.5).item()) for key in keys}
@@ -437,7 +437,7 @@ def test_what_is_there_instead_of_metadata_is_named(tmp_path: Path, files: list[
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("{}")
     with pytest.raises(trainer.UsageError) as refused:
-        trainer.load_dataset(parse_folder(root / given), tiny_pipeline())
+        trainer.load_dataset(parse_folder(root / given), [tiny_pipeline().tokenizer])
     assert message.replace("{}", str(root)) in str(refused.value)
 
 

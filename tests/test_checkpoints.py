@@ -31,9 +31,8 @@ def load(script: ModuleType, checkpoint: Path | str, *flags: str) -> Any:
     """The pipeline as a script loads it."""
     if script is trainer:
         command = ["--pretrained_model_name_or_path", str(checkpoint), "--dataset_name", "x", "--resolution", str(SIZE)]
-        return trainer.load_pipeline(
-            trainer.parse_args([*command, *flags]), SimpleNamespace(device=torch.device("cpu"))
-        )
+        cpu = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+        return trainer.load_pipeline(trainer.parse_args([*command, *flags]), cpu)
     return text2images.load_pipeline(text2images.parse_args(["-m", str(checkpoint), "-c", "a", *flags]))
 
 
@@ -79,9 +78,21 @@ def save(folder: Path, **parts: Any) -> Path:
 
 def test_both_scripts_load_a_checkpoint_by_the_same_lines() -> None:
     names = "checkpoint_name load_index no_checkpoint load_part variants part_problem load_unet_config check_parts"
+    names += " check_tokenizer is_xl pipeline_kind text_parts text_encoders make_pipeline encode_captions size_made_for"
+    names += " hub_options is_single_file settings_source is_xl_file single_file_kind from_single_file aligned"
+    names += " lora_argument sha256 fuse_loras layers_of_lora load_lora"
     for name in [*names.split(), "first_line", "has_betas", "is_lfs_pointer"]:
         assert inspect.getsource(getattr(trainer, name)) == inspect.getsource(getattr(text2images, name)), name
-    for name in ("PIPELINES", "VAES", "TEST_WORDS", "SINGLE_FILES", "LFS_START", "LFS_POINTER"):
+    for name in (
+        "PIPELINES",
+        "TEXT_PARTS",
+        "KNOWN_CONDITIONING",
+        "VAES",
+        "TEST_WORDS",
+        "SINGLE_FILES",
+        "LFS_START",
+        "LFS_POINTER",
+    ):
         assert getattr(trainer, name) == getattr(text2images, name)
 
 
@@ -113,8 +124,8 @@ def test_a_pipeline_of_another_kind_is_refused_and_one_of_the_same_parts_loads(
 ) -> None:
     edit(checkpoint / "model_index.json", _class_name="LatentConsistencyModelPipeline")
     load(script, checkpoint)
-    edit(checkpoint / "model_index.json", _class_name="StableDiffusionXLPipeline")
-    assert "is a StableDiffusionXLPipeline" in refusal(script, checkpoint)
+    edit(checkpoint / "model_index.json", _class_name="StableDiffusion3Pipeline")
+    assert "is a StableDiffusion3Pipeline; only Stable Diffusion 1.x, 2.x and XL" in refusal(script, checkpoint)
     edit(checkpoint / "unet/config.json", class_embed_type="timestep")
     edit(checkpoint / "model_index.json", _class_name="StableDiffusionPipeline")
     assert "wants more than a caption (class_embed_type)" in refusal(script, checkpoint)
@@ -138,7 +149,8 @@ def test_another_text_encoder_and_vae_train_and_paint(train, tmp_path: Path) -> 
         num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
     )  # fmt: skip
     folder = save(tmp_path / "model", vae=vae, **bert_parts())
-    assert [load(script, folder).tokenizer.model_max_length for script in (trainer, text2images)] == [24, 24]
+    tokenizers = load(trainer, folder).tokenizers[0], load(text2images, folder).tokenizer
+    assert [tokenizer.model_max_length for tokenizer in tokenizers] == [24, 24]
     train(tmp_path / "out", "--pretrained_model_name_or_path", str(folder), "--max_train_steps", "1")
     int8 = paint(folder, tmp_path / "int8", "-qm", str(tmp_path / "out"))
     assert psnr(int8, paint(folder, tmp_path / "fp32")) > 30
@@ -160,7 +172,8 @@ def test_parts_that_do_not_fit_each_other_are_refused(script: ModuleType, tmp_pa
 def test_a_tokenizer_that_lost_its_merges_or_its_length(script: ModuleType, tmp_path: Path) -> None:
     folder = shutil.copytree(ROOT / "demo/tiny-stable-diffusion", tmp_path / "model")
     edit(folder / "tokenizer/tokenizer_config.json", model_max_length=0)
-    assert load(script, folder, *(["--resolution", "64"] if script is trainer else [])).tokenizer.model_max_length == 77
+    loaded = load(script, folder, *(["--resolution", "64"] if script is trainer else []))
+    assert (loaded.parts["tokenizer"] if script is trainer else loaded.tokenizer).model_max_length == 77
     tokenizer = json.loads((folder / "tokenizer/tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:20]
     (folder / "tokenizer/tokenizer.json").write_text(json.dumps(tokenizer))
@@ -209,12 +222,12 @@ def test_textual_inversion_of_several_vectors_is_tokenized_as_the_pipeline_does(
     folder = save(tmp_path / "model", text_encoder=whole.text_encoder, tokenizer=whole.tokenizer)
     pipeline = load(trainer, folder)
     args = trainer.parse_args(["--pretrained_model_name_or_path", "x", "--dataset_name", "y"])
-    ids = trainer.CaptionedImages([], pipeline.tokenizer, args).tokenize(["a <cat> on a hill"])
-    added = pipeline.tokenizer.convert_tokens_to_ids(["<cat>", "<cat>_1", "<cat>_2"])
-    assert [token for token in ids[0].tolist() if token in added] == added
+    ids = trainer.CaptionedImages([], pipeline.tokenizers, args).tokenize(["a <cat> on a hill"])
+    added = pipeline.tokenizers[0].convert_tokens_to_ids(["<cat>", "<cat>_1", "<cat>_2"])
+    assert [token for token in ids[0, 0].tolist() if token in added] == added
     painter = load(text2images, folder)
     expected = painter.encode_prompt("a <cat> on a hill", "cpu", 1, False)[0]
-    assert torch.allclose(pipeline.text_encoder(ids)[0], expected, atol=1e-5)
+    assert torch.allclose(pipeline.text_encoders[0](ids[:, 0])[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("weight", ["--feature_kd_weight", "--task_weight"])
@@ -292,9 +305,12 @@ def test_a_path_that_is_no_checkpoint_gets_the_remedy_that_fits(
     assert f"give the whole, {checkpoint}" in refusal(script, checkpoint / "unet")
     (checkpoint / "model_index.json").unlink()
     assert "no model_index.json in it" in refusal(script, checkpoint)
-    for name in ("model.safetensors", str(tmp_path / "model.ckpt"), str(tmp_path / "there.safetensors")):
-        (tmp_path / "there.safetensors").touch()
-        assert f"from_single_file('{name}')" in refusal(script, name)
+    for name in ("model.safetensors", str(tmp_path / "model.ckpt")):
+        assert "no such file" in refusal(script, name)
+    (tmp_path / "model.ckpt").touch()
+    assert "a pickle, which could run code; where you trust it" in refusal(script, tmp_path / "model.ckpt")
+    (checkpoint / "there.safetensors").touch()
+    assert f"give the file in it, {checkpoint / 'there.safetensors'}" in refusal(script, checkpoint)
     assert "no such folder" in refusal(script, tmp_path / "gone")
     assert "no such folder" in refusal(script, "owner/nothing-of-this-name")
     snapshot = tmp_path / "models--owner--name/snapshots/abc"
@@ -532,13 +548,14 @@ def test_a_unet_that_takes_the_guidance_scale_is_trained_and_painted_with(
 def test_training_shows_the_unet_several_guidance_scales(guided: Path) -> None:
     pipeline = load(trainer, guided)
     accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=torch.no_grad)
-    batch = {"pixel_values": torch.zeros(4, 3, SIZE, SIZE), "input_ids": torch.zeros(4, 77, dtype=torch.long)}
+    batch = {"pixel_values": torch.zeros(4, 3, SIZE, SIZE), "input_ids": torch.zeros(4, 1, 77, dtype=torch.long)}
     generator = torch.Generator().manual_seed(0)
     noised = trainer.noise_pictures(pipeline, batch, (0, 1), 1, generator, accelerator)
-    assert noised.timestep_cond.shape == (4, 16) and len(noised.timestep_cond.unique(dim=0)) == 4
-    plain = trainer.Noised(*[getattr(noised, name) for name in ("noisy_latents", "timesteps", "encoder_hidden_states")],
-                           None, noised.latents, noised.noise)  # fmt: skip
-    assert not torch.equal(noised.predict(pipeline.unet), plain.predict(pipeline.unet))
+    embedding = noised.conditioning["timestep_cond"]
+    assert embedding.shape == (4, 16) and len(embedding.unique(dim=0)) == 4
+    told = noised.predict(pipeline.unet)
+    noised.conditioning["timestep_cond"] = None
+    assert not torch.equal(told, noised.predict(pipeline.unet))
 
 
 def test_results_say_what_was_done_not_what_was_asked(model_dir: Path, tmp_path: Path, caplog) -> None:

@@ -58,7 +58,7 @@ def test_all_together_are_reported_by_reason(dirty_dir: Path, caplog: pytest.Log
 def dataset_of(folder: Path, *flags: str) -> trainer.CaptionedImages:
     rows = trainer.read_metadata(folder, "file_name", "text")
     plain = ["--resolution", str(SIZE), "--proportion_empty_prompts", "0"]
-    return trainer.CaptionedImages(rows, tiny_pipeline().tokenizer, parse(*plain, *flags))
+    return trainer.CaptionedImages(rows, [tiny_pipeline().tokenizer], parse(*plain, *flags))
 
 
 def test_training_sees_every_picture_in_its_colors_and_every_caption(dirty_dir: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_unreadable_pictures_of_a_dataset_are_replaced_too(model_dir: Path, tmp_
     table = datasets.Dataset.from_dict({"image": pictures, "text": ["a"] * 9 + [None, "", "b"]}, features=features)
     table.to_parquet(tmp_path / "data" / "train.parquet")
     args = parse("--dataset_name", str(tmp_path / "data"), "--cache_dir", str(tmp_path / "cache"), "--resolution", "32")
-    dataset = trainer.load_dataset(args, tiny_pipeline())
+    dataset = trainer.load_dataset(args, [tiny_pipeline().tokenizer])
     assert [dataset.pair(row)[1] for row in range(8, 12)] == [["a"], [], [], ["b"]]
     samples = [dataset[(0, row)] for row in range(12)]
     assert [int(sample["replaced"] > 0) for sample in samples] == [0] * 10 + [1, 1]

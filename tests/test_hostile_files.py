@@ -396,5 +396,5 @@ def test_postscript_named_jpg_is_not_handed_to_ghostscript(tmp_path: Path, data_
         assert image.format == "EPS"
     rows = [(str(tmp_path / "a.jpg"), "bad"), (str(data_dir / "0001.jpg"), "good")]
     flags = ["--pretrained_model_name_or_path", "x", "--dataset_name", "y", "--resolution", "32"]
-    dataset = trainer.CaptionedImages(rows, tiny_pipeline().tokenizer, trainer.parse_args(flags))
+    dataset = trainer.CaptionedImages(rows, [tiny_pipeline().tokenizer], trainer.parse_args(flags))
     assert dataset[(0, 0)]["replaced"].item() >= 1 and not calls

@@ -55,7 +55,7 @@ def stream(tars: Path | str, *flags: str) -> tuple[trainer.CaptionedImages, obje
     command = ["--pretrained_model_name_or_path", "x", "--train_data_dir", str(tars), "--streaming"]
     command += ["--max_train_steps", "9", "--resolution", str(SIZE), "--train_batch_size", "2", "--center_crop"]
     args = trainer.parse_args([*command, "--proportion_empty_prompts", "0", *flags])
-    return trainer.load_dataset(args, tiny_pipeline()), args
+    return trainer.load_dataset(args, [tiny_pipeline().tokenizer]), args
 
 
 def levels(samples: list[dict[str, torch.Tensor]]) -> list[int]:
@@ -172,7 +172,7 @@ def test_dataset_of_the_library_is_streamed(tmp_path: Path) -> None:
     command = ["--pretrained_model_name_or_path", "x", "--dataset_name", str(tmp_path), "--streaming"]
     command += ["--max_train_steps", "9", "--resolution", str(SIZE), "--train_batch_size", "3"]
     args = trainer.parse_args([*command, "--cache_dir", str(tmp_path / "cache"), "--proportion_empty_prompts", "0"])
-    dataset = trainer.load_dataset(args, tiny_pipeline())
+    dataset = trainer.load_dataset(args, [tiny_pipeline().tokenizer])
     samples = [dataset[key] for batch in dataset.micro_batches(range(2), args) for key in batch]
     assert sorted(levels(samples)) == [0, 10, 20, 30, 40, 50]
     for level, sample in zip(levels(samples), samples):
