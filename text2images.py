@@ -1064,9 +1064,13 @@ def load_part(
 
 
 def aligned(model: nn.Module) -> nn.Module:
-    """With tensors where vector instructions want them, not as they lie in a file: sums may come in another order."""
+    """With weights where vector instructions want them, whatever file they lie in.
+
+    Products with a single row, such as a timestep's, sum in another order where the weight is not aligned (measured;
+    those with more rows do not). Weights above 16 MiB meet none, and copies of them would count twice in memory.
+    """
     for tensor in itertools.chain(model.parameters(), model.buffers()):
-        if tensor.data_ptr() % 64:
+        if tensor.data_ptr() % 64 and tensor.nbytes <= 16 << 20:
             tensor.data = tensor.data.clone()
     return model
 

@@ -497,12 +497,44 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Pipelin
         for method in ("encode", "decode"):
             in_fp32 = torch.autocast(accelerator.device.type, enabled=False)(getattr(vae, method))
             setattr(vae, method, in_fp32)
+    others = sum(parameter.numel() for part in [*text_encoders(parts), vae] for parameter in part.parameters())
+    foretell_memory(others, accelerator, args)
     unet = load_part(name, index, "unet", args)  # the largest, once all else is known to fit
     pipeline = Pipeline(index, parts, unet, noise_scheduler, sampler)
     if args.lora:
         pipeline.loras = fuse_loras(pipeline.with_unet(unet), args)
         unet.requires_grad_(True)  # again, after peft
     return pipeline
+
+
+def foretell_memory(others: int, accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Say what the run needs before the UNet is loaded, beside activations; `others` are all other parts' parameters.
+
+    Raises:
+        UsageError: the machine plainly has less.
+    """
+    parameters, half = unet_size(args), accelerator.mixed_precision != "no"
+
+    def gigabytes(training: bool, average: bool) -> float:
+        """fp32: weights, gradients, two moments, average; the teacher in its own precision."""
+        copies = 4 + average + (0.5 if half else 1) if training else 1
+        return 4e-9 * (copies * parameters + others)
+
+    ways = {"with --max_train_steps 0": gigabytes(False, False)}
+    needed, purpose = ways["with --max_train_steps 0"], "weights"
+    if args.max_train_steps != 0:
+        needed = gigabytes(True, args.use_ema)
+        purpose = f"weights, gradients, two moments,{' average,' * args.use_ema} teacher"
+        ways = {"without --use_ema": gigabytes(True, False), **ways} if args.use_ema else ways
+    if accelerator.device.type == "cuda":
+        there = torch.cuda.get_device_properties(accelerator.device).total_memory / 1e9
+    else:
+        there = psutil.virtual_memory().total / 1e9
+    logger.info(f"about {needed:.1f} GB for {purpose}, beside activations")
+    if needed > there:
+        fitting = [f"{way} {size:.1f} GB" for way, size in ways.items() if size <= there]
+        problem = f"{needed:.1f} GB for {purpose}, beside activations, and {accelerator.device} has {there:.1f} GB"
+        raise UsageError(f"the run needs {problem}; {' or '.join(fitting) or 'nothing less'} would do")
 
 
 def load_schedulers(name: str, index: dict[str, Any], args: argparse.Namespace) -> tuple[SchedulerMixin, DDPMScheduler]:
@@ -711,9 +743,13 @@ def load_part(
 
 
 def aligned(model: nn.Module) -> nn.Module:
-    """With tensors where vector instructions want them, not as they lie in a file: sums may come in another order."""
+    """With weights where vector instructions want them, whatever file they lie in.
+
+    Products with a single row, such as a timestep's, sum in another order where the weight is not aligned (measured;
+    those with more rows do not). Weights above 16 MiB meet none, and copies of them would count twice in memory.
+    """
     for tensor in itertools.chain(model.parameters(), model.buffers()):
-        if tensor.data_ptr() % 64:
+        if tensor.data_ptr() % 64 and tensor.nbytes <= 16 << 20:
             tensor.data = tensor.data.clone()
     return model
 
@@ -924,12 +960,18 @@ def load_lora(
         raise UsageError(f"--lora {path} does not fit the checkpoint's {part}: {problem[:200]}")
 
 
-def split(unet: UNet2DConditionModel, accelerator: Accelerator) -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
-    """The teacher (a frozen copy in the precision of the run) and the student (fp32 master weights)."""
+def split(
+    unet: UNet2DConditionModel, accelerator: Accelerator, training: bool = True
+) -> tuple[UNet2DConditionModel | None, UNet2DConditionModel]:
+    """The teacher (a frozen copy in the precision of the run) and the student (fp32 master weights).
+
+    Without training there is no teacher, and the student is frozen: autocast would keep copies of what learns.
+    """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[accelerator.mixed_precision]
-    teacher = copy.deepcopy(unet).requires_grad_(False).eval()
-    teacher.to(accelerator.device, dtype=dtype).to(memory_format=torch.channels_last)
-    student = unet.train().to(accelerator.device, memory_format=torch.channels_last)
+    teacher = copy.deepcopy(unet).requires_grad_(False).eval() if training else None
+    if teacher is not None:
+        teacher.to(accelerator.device, dtype=dtype).to(memory_format=torch.channels_last)
+    student = unet.train().requires_grad_(training).to(accelerator.device, memory_format=torch.channels_last)
     return teacher, student
 
 
@@ -2343,9 +2385,9 @@ class Trainer:
     """Everything that changes while training, and so everything that a checkpoint holds."""
 
     student: UNet2DConditionModel
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    ema: EMAModel | None
+    optimizer: torch.optim.Optimizer | None = None
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    ema: EMAModel | None = None
     step: int = 0
     losses: dict[str, float] = field(default_factory=dict)  # of the latest step
 
@@ -2453,10 +2495,6 @@ def make_trainer(
         # the plain mean of the steps after the factors': constant rates walk about the optimum, and it cancels
         mean = {"decay": 1.0, "use_ema_warmup": True, "inv_gamma": 1.0, "power": 1.0}
         ema = EMAModel(student.parameters(), update_after_step=int(FACTOR_STEPS * steps), **mean)
-    # fp32: weights, gradients, two moments, average; the teacher in its own precision
-    copies = 4 + args.use_ema + (0.5 if accelerator.mixed_precision != "no" else 1)
-    size = copies * 4e-9 * sum(parameter.numel() for parameter in student.parameters())
-    logger.info(f"{steps} steps; about {size:.1f} GB for weights, gradients, optimizer, teacher, beside activations")
     return Trainer(student, optimizer, lr_scheduler, ema)
 
 
@@ -2789,8 +2827,7 @@ def command_to_paint(quant_model: Path, pipeline: Pipeline, args: argparse.Names
 def save_int8(trainer: Trainer, config: Int8Config, pipeline: Pipeline, args: argparse.Namespace) -> Path:
     """Convert the student and write quant_model.pt, a plain dict that loads without running code (see README)."""
     student = trainer.student.to("cpu", memory_format=torch.contiguous_format)
-    weights = [weight for name, weight in student.named_parameters() if not name.endswith(GRIDS)]
-    fp32_bytes = sum(4 * weight.numel() for weight in weights)
+    fp32_bytes = sum(4 * weight.numel() for name, weight in student.named_parameters() if not name.endswith(GRIDS))
     if trainer.ema is not None:
         trainer.ema.to("cpu")
         trainer.ema.copy_to(student.parameters())
@@ -2852,22 +2889,25 @@ def main(argv: list[str] | None = None) -> None:
     describe_captions(dataset, args)
     steps = total_steps(args, dataset, accelerator)
     checkpoint = find_checkpoint(args)
-    teacher, student = split(pipeline.unet, accelerator)  # a frozen copy, and the UNet that learns
+    training = steps > 0 or checkpoint is not None
+    teacher, student = split(pipeline.unet, accelerator, training)  # a frozen copy, and the UNet that learns
     config = recipe(args, student)  # which layer gets which dtype
     student = prepare(student, config)  # float layers -> fake-int8 twins
     if args.cache_latents:
         dataset = cache_latents(dataset, pipeline, steps, accelerator, args)
     if checkpoint is None:
         calibrate(student, pipeline, dataset, accelerator, args)  # activation ranges
-    set_mode(student, "quantize")
-    compile_fake_quantization(student, accelerator)
-    if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    trainer = make_trainer(student, steps, accelerator, args)  # optimizer, schedule, EMA
-    if checkpoint is not None:
-        trainer.load(checkpoint / "state.pt")
-    accelerator.init_trackers("text-to-image-qat")
-    distill(trainer, teacher, pipeline, dataset, steps, accelerator, args)  # the training loop
+    trainer = Trainer(student)
+    if training:
+        set_mode(student, "quantize")
+        compile_fake_quantization(student, accelerator)
+        if args.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        trainer = make_trainer(student, steps, accelerator, args)  # optimizer, schedule, EMA
+        if checkpoint is not None:
+            trainer.load(checkpoint / "state.pt")
+        accelerator.init_trackers("text-to-image-qat")
+        distill(trainer, teacher, pipeline, dataset, steps, accelerator, args)  # the training loop
     if accelerator.is_main_process:
         path = save_int8(trainer, config, pipeline, args)  # convert -> quant_model.pt
         logger.info(f"next: {command_to_paint(path, pipeline, args)}")

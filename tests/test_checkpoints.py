@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModelWith
 
 import text2images
 import train_text_to_image_qat as trainer
-from conftest import ROOT, SIZE, run_command, tiny_pipeline
+from conftest import BETAS, ROOT, SIZE, run_command, tiny_pipeline
 
 BOTH = pytest.mark.parametrize("script", [trainer, text2images], ids=["train", "paint"])
 
@@ -45,11 +45,11 @@ def refusal(script: ModuleType, checkpoint: Path | str, *flags: str) -> str:
 
 
 def paint(checkpoint: Path, output_dir: Path, *flags: str) -> np.ndarray:
-    """The picture of seed 42; int8 by the path that needs no conversion."""
+    """The picture, of seed 42 unless the flags have another; int8 by the path that needs no conversion."""
     command = ["-m", checkpoint, "-c", "a hill", "--num_inference_steps", "6", "--output_dir", output_dir]
     engine = ["--engine", "torch"] if "-qm" in flags else []
     text2images.main([*map(str, command), "--dtype", "float32", *engine, *flags])
-    (picture,) = output_dir.glob("*seed 42.png")
+    (picture,) = output_dir.glob("*seed *.png")
     return np.asarray(Image.open(picture), dtype=float)
 
 
@@ -388,9 +388,6 @@ def test_the_next_command_names_what_the_checkpoint_does_not(train, checkpoint: 
 # ---------------------------------------------------------------- samplers
 
 
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
 def saved_scheduler(source: str, how: str, folder: Path) -> Any:
     """As a checkpoint has it that was saved with this sampler, made of the betas alone or out of another's settings."""
     kind = getattr(diffusers, text2images.SCHEDULERS[source])
@@ -543,6 +540,39 @@ def test_a_unet_that_takes_the_guidance_scale_is_trained_and_painted_with(
     rows = [json.loads(line) for line in (tmp_path / "int8/results.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and not any(row["paired_guidance"] for row in rows)
     assert rows[0]["guidance_scale"] == 7.5
+
+
+TRAILING = {"timestep_spacing": "trailing"}
+VELOCITY = {"prediction_type": "v_prediction", "set_alpha_to_one": False, "clip_sample": False}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "settings", "flags"),
+    [
+        ("DDIMScheduler", VELOCITY | {"steps_offset": 1}, []),  # Stable Diffusion 2.1
+        ("DDIMScheduler", VELOCITY | TRAILING | {"rescale_betas_zero_snr": True}, []),
+        ("EulerDiscreteScheduler", TRAILING, ["--num_inference_steps", "1", "--guidance_scale", "0"]),  # SD Turbo
+        ("LCMScheduler", {}, ["--num_inference_steps", "4", "--guidance_scale", "1"]),  # without an input for guidance
+    ],
+    ids=["v-prediction", "zero terminal SNR", "Turbo", "LCM"],
+)
+def test_what_a_checkpoint_predicts_and_how_few_steps_it_takes(
+    train, checkpoint: Path, tmp_path: Path, sampler: str, settings: dict, flags: list[str]
+) -> None:
+    getattr(diffusers, sampler)(**BETAS, **settings).save_pretrained(checkpoint / "scheduler")
+    edit(checkpoint / "model_index.json", scheduler=["diffusers", sampler])
+    noise_scheduler = load(trainer, checkpoint).noise_scheduler
+    assert noise_scheduler.config.prediction_type == settings.get("prediction_type", "epsilon")
+    assert (noise_scheduler.alphas_cumprod[-1] == 0) == ("rescale_betas_zero_snr" in settings)
+    losses = ["--task_weight", "0.1", "--snr_gamma", "5", "--train_batch_size", "4"]
+    model = ["--pretrained_model_name_or_path", str(checkpoint)]
+    trained = train(tmp_path / "out", *model, "--max_train_steps", "2", *losses)
+    assert all(map(np.isfinite, trained["training"]["losses"].values()))
+    fp32 = paint(checkpoint, tmp_path / "fp32", *flags)
+    int8 = paint(checkpoint, tmp_path / "int8", *flags, "-qm", str(tmp_path / "out"))
+    row = json.loads((tmp_path / "int8/results.jsonl").read_text())
+    assert row["scheduler"] == sampler and row["paired_guidance"] == (not flags)
+    assert psnr(int8, fp32) > 30 > psnr(fp32, paint(checkpoint, tmp_path / "other", *flags, "--seed", "43"))
 
 
 def test_training_shows_the_unet_several_guidance_scales(guided: Path) -> None:

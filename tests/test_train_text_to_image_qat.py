@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -712,10 +713,53 @@ def test_schedule_ends_with_the_last_step(train, tmp_path: Path, monkeypatch, ac
         assert len(rates) == math.ceil(11 / (2 * int(accumulation)))
 
 
-def test_memory_is_foretold_before_the_training(train, tmp_path: Path, caplog) -> None:
-    train(tmp_path, "--max_train_steps", "1", "--use_ema", "--mixed_precision", "no")
-    size = 6 * 4e-9 * sum(parameter.numel() for parameter in tiny_unet().parameters())
-    assert f"about {size:.1f} GB for weights" in caplog.text
+def test_memory_is_foretold_and_refused_before_the_unet_is_loaded(train, tmp_path: Path, caplog, monkeypatch) -> None:
+    caplog.set_level("INFO")
+    pipeline = tiny_pipeline()
+    unet, text, vae = (sum(p.numel() for p in part.parameters()) for part in
+                       (pipeline.unet, pipeline.text_encoder, pipeline.vae))  # fmt: skip
+    monkeypatch.setattr(trainer, "unet_size", lambda args: 1000 * unet)
+    for flags, copies in ((["1", "--use_ema"], 6), (["1"], 5), (["1", "--mixed_precision", "bf16"], 4.5), (["0"], 1)):
+        train(tmp_path, "--max_train_steps", *flags)
+        size = 4e-9 * (1000 * copies * unet + text + vae)
+        assert f"about {size:.1f} GB for weights" in caplog.text and size > 1, flags
+        caplog.clear()
+    monkeypatch.setattr(trainer.psutil, "virtual_memory", lambda: SimpleNamespace(total=5.5 * 4000 * unet))
+    monkeypatch.setattr(trainer, "load_part", refuse_unet(trainer.load_part))
+    with pytest.raises(trainer.UsageError, match="GB for weights, gradients, two moments, average, teacher") as refused:
+        train(tmp_path, "--max_train_steps", "1", "--use_ema")
+    would_do = [f"{4e-9 * (1000 * copies * unet + text + vae):.1f} GB" for copies in (5, 1)]
+    assert f"without --use_ema {would_do[0]} or with --max_train_steps 0 {would_do[1]} would do" in str(refused.value)
+    monkeypatch.setattr(trainer.psutil, "virtual_memory", lambda: SimpleNamespace(total=1000 * unet))
+    with pytest.raises(
+        trainer.UsageError, match="GB for weights, beside activations, and cpu has .* nothing less would"
+    ):
+        train(tmp_path, "--max_train_steps", "0")
+
+
+def refuse_unet(load_part):
+    def load(name, index, part, *rest):
+        assert part != "unet", "loaded before the memory was looked at"
+        return load_part(name, index, part, *rest)
+
+    return load
+
+
+def test_post_training_holds_one_copy_of_the_weights(train, tmp_path: Path, monkeypatch) -> None:
+    seen = []
+    save = trainer.save_int8
+
+    def spy(state, *rest):
+        seen.append(state)
+        assert not any(parameter.requires_grad for name, parameter in state.student.named_parameters()
+                       if not name.endswith(trainer.GRIDS))  # fmt: skip
+        return save(state, *rest)
+
+    monkeypatch.setattr(trainer, "save_int8", spy)
+    copied, deepcopy = [], trainer.copy.deepcopy
+    monkeypatch.setattr(trainer.copy, "deepcopy", lambda part, *rest: copied.append(part) or deepcopy(part, *rest))
+    train(tmp_path, "--max_train_steps", "0")
+    assert seen[0].parts().keys() == {"student"} and not any(isinstance(part, nn.Module) for part in copied)
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_counted(train, tmp_path: Path, monkeypatch, caplog) -> None:
