@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "demo"))
 
 import check_scenes  # noqa: E402
-from output import write_json  # noqa: E402
+from output import note_start, write_json  # noqa: E402
 
 PTQ = ["--max_train_steps=0"]
 QAT = ["--max_train_steps=600", "--use_ema"]  # all else is by default as in the original README
@@ -175,7 +175,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    args.work_dir.mkdir(parents=True, exist_ok=True)
+    note_start(args.work_dir)
     names = ["fp32", *sorted(set(args.variants) - {"fp32"}, key=list(VARIANTS).index)]
     names.sort(key=lambda name: name == "int8-qat")  # the contact sheet is of the last one
     painted = {name: paint(name, VARIANTS[name], args) for name in names}
@@ -189,7 +189,7 @@ def main() -> None:
     for row in report["differences"]:
         row |= {end: Path(row[end]).name for end in ("from", "to")}
     report["differences"] = [row for row in report["differences"] if row["from"] in BASELINES]
-    write_json(report, args.output)
+    write_json(report, args.output, args.work_dir)
     shutil.copyfile(args.work_dir / "contact_sheet.png", args.output.with_suffix(".png"))
 
 

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_text_to_image_qat as trainer  # noqa: E402
-from output import write_json  # noqa: E402
+from output import replace, write_json  # noqa: E402
 
 KINDS = {("int8", "uint8"): "int8", ("int8", "fp32"): "int8 weights", ("fp32", "fp32"): "float"}
 INNOCENT = 0.1  # a layer in float keeps its weights in int8 where they cause less than this share of its error
@@ -273,17 +273,17 @@ def main(argv: list[str] | None = None) -> None:
     report = measure(args)
     print_table(report)
     picture = args.output.with_suffix(".png")
-    texts = {args.output: report}
+    write_json(report, args.output)
+    files = [args.output, picture]
     if args.float_budget is not None:
         recipe = args.output.with_name(f"{args.output.stem}_float_{args.float_budget:g}.json")
-        texts[recipe] = spend(report["layers"], args.float_budget).to_dict()
+        replace(recipe, spend(report["layers"], args.float_budget).to_dict())
+        files.insert(1, recipe)
         print(f"next: python train_text_to_image_qat.py --quantization_config {recipe} ...")
-    for path, content in texts.items():
-        write_json(content, path)
     partial = picture.with_name(picture.name + ".partial")
     chart(report).save(partial, format="PNG", optimize=True)
     os.replace(partial, picture)
-    print(", ".join(map(str, [*texts, picture])))
+    print(*files, sep=", ")
 
 
 if __name__ == "__main__":
