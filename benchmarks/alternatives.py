@@ -9,6 +9,8 @@ A plus sign joins several. benchmarks/fidelity.py measures them.
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -25,6 +27,8 @@ from torch.ao.quantization import FakeQuantize, default_fake_quant, default_per_
 
 import text2images as painter
 import train_text_to_image_qat as trainer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # ---------------------------------------------------------------- other calibrations
 
@@ -196,6 +200,62 @@ def published() -> None:
     painter.check_architecture = lambda *rest: None
 
 
+# ---------------------------------------------------------------- what OpenVINO offers by itself
+
+
+class NncfUNet(painter.OpenVINOUNet):
+    """A UNet that nncf quantized, run as ours is: by OpenVINO, compiled for the sizes of its inputs."""
+
+    def __init__(self, model: Any, config: dict[str, Any], settings: dict[str, Any]) -> None:
+        painter.ModelMixin.__init__(self)
+        self.register_to_config(**config)
+        self.register_buffer("none", torch.empty(0))
+        self.model, self.settings, self.shapes, self.seconds_compiling = model, settings, [], 0.0
+
+    def compile_for(self, shapes: list[list[int]]) -> None:
+        model = self.model.clone()
+        model.reshape(dict(enumerate(shapes)))
+        compiled = painter.import_openvino().Core().compile_model(model, "CPU", self.settings)
+        self.shapes, self.compiled = shapes, [compiled.create_infer_request()]
+
+
+def unet_inputs_of_paintings(pipeline: painter.StableDiffusionPipeline, args: argparse.Namespace) -> list[list[Any]]:
+    """What the UNet is called with while 16 captions of the training pictures are painted in 20 steps each."""
+    inputs: list[list[Any]] = []
+
+    def note(unet: nn.Module, given: tuple[torch.Tensor, ...], named: dict[str, Any]) -> None:
+        sample, timestep = given
+        inputs.append([sample.numpy(), timestep.reshape(1).float().numpy(), named["encoder_hidden_states"].numpy()])
+
+    hook = pipeline.unet.register_forward_pre_hook(note, with_kwargs=True)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = argparse.Namespace(**{**vars(args), "num_inference_steps": 20})
+    rows = (ROOT / "demo/scenes/metadata.jsonl").read_text(encoding="utf-8").splitlines()[:16]
+    for number, row in enumerate(rows):
+        job = painter.Job(json.loads(row)["text"], 0, 10_000 + number)  # a seed that no measured picture has
+        painter.paint(pipeline, [job], settings)
+    hook.remove()
+    return inputs
+
+
+def nncf() -> None:
+    """OpenVINO's own int8: nncf's post-training quantization with its defaults for transformers."""
+    load_pipeline = painter.load_pipeline
+
+    def load(args: argparse.Namespace) -> painter.StableDiffusionPipeline:
+        from nncf import Dataset, ModelType, quantize
+
+        exact = load_pipeline(argparse.Namespace(**{**vars(args), "dtype": "float32"}))
+        inputs = unet_inputs_of_paintings(exact, args)
+        model = painter.unet_to_openvino(exact.unet.requires_grad_(False))
+        model = quantize(model, Dataset(inputs), subset_size=len(inputs), model_type=ModelType.TRANSFORMER)
+        pipeline = load_pipeline(args)
+        pipeline.unet = NncfUNet(model, dict(exact.unet.config), painter.openvino_settings(args))
+        return pipeline
+
+    painter.load_pipeline = load
+
+
 ALTERNATIVES: dict[str, Callable[[], None]] = {
     "without_smoothing": without_smoothing,
     "painting": painting,
@@ -206,6 +266,7 @@ ALTERNATIVES: dict[str, Callable[[], None]] = {
     "one_rate": one_rate,
     "mean_squared_error": mean_squared_error,
     "published": published,
+    "nncf": nncf,
 }
 
 

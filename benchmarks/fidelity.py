@@ -60,6 +60,8 @@ class Variant:
 VARIANTS = {
     "fp32": Variant(None),
     "bf16": Variant(None, ["--dtype", "bfloat16"]),  # the noise floor
+    "openvino-int8": Variant(None, alternative="nncf"),
+    "openvino-int8-bf16": Variant(None, ["--dtype", "bfloat16"], alternative="nncf"),
     "int8-ptq": Variant(PTQ),
     "int8-qat": Variant(QAT),
     "int8-ptq-bf16": Variant(PTQ, ["--dtype", "bfloat16"]),
@@ -163,6 +165,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_inference_steps", type=int, default=50)
     add("--guidance_scale", type=float, default=3.0)
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="fp32 is always among them")
+    add("--lpips_weights", type=Path, help="as evaluate.py has it")
     add("--work_dir", type=Path, default=ROOT / "demo/output/fidelity", help="kept between runs")
     add("--output", type=Path, required=True, help="the JSON to write")
     args = parser.parse_args(argv)
@@ -179,7 +182,8 @@ def main() -> None:
     names = ["fp32", *sorted(set(args.variants) - {"fp32"}, key=list(VARIANTS).index)]
     names.sort(key=lambda name: name == "int8-qat")  # the contact sheet is of the last one
     painted = {name: paint(name, VARIANTS[name], args) for name in names}
-    run("evaluate.py", *(folder for folder, _ in painted.values()), "--output_dir", args.work_dir)
+    lpips = [] if args.lpips_weights is None else ["--lpips_weights", args.lpips_weights]
+    run("evaluate.py", *(folder for folder, _ in painted.values()), "--output_dir", args.work_dir, *lpips)
     report = json.loads((args.work_dir / "report.json").read_text())
     shown = caption_accuracies([folder for folder, _ in painted.values()])
     for row, (name, (_, seconds)), percent in zip(report["folders"], painted.items(), shown):
