@@ -45,6 +45,7 @@ SEEDS = (1, 2)  # of calibration and training, beside the default 0
 # differences from these are kept in the report
 BASELINES = ("bf16", "int8-ptq", "int8-ptq-bf16", "int8-ptq-unpaired", "int8-ptq-painting", "published")
 BASELINES += tuple(f"int8-ptq-seed-{seed}" for seed in SEEDS)
+BASELINES += ("int8-qat-unpaired", "openvino-int8", "openvino-int8-bf16")
 
 
 @dataclass

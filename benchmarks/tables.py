@@ -219,15 +219,17 @@ def operators(result: Row) -> Content:
     return content
 
 
-@table("end-to-end", "end_to_end.json", scripts=(GENERATE, "benchmarks/end_to_end.py"))
-def end_to_end(result: Row) -> Content:
-    rows = recorded_rows(result)
+def whole_runs(result: Row) -> Content:
     content = Content(["UNet, denoising steps", "s", "to fp32", "until the first step, s", "peak GiB"])
-    for row in rows:
+    for row in result.get("rows", []):
         cells = [number(row["seconds"], 1), number(row["ratio_to_fp32"]), number(row["first_step_seconds"], 1)]
         content.rows.append([f"{row['name']}, {row['steps']}", *cells, number(row["peak_gib"])])
-    content.missing = [] if rows else ["whole runs (end_to_end.py)"]
+    content.missing = [] if content.rows else ["whole runs (end_to_end.py)"]
     return content
+
+
+table("end-to-end", "end_to_end.json", scripts=(GENERATE, "benchmarks/end_to_end.py"))(whole_runs)
+table("pytorch-kernels-end-to-end", "archive/end_to_end_pytorch_kernels.json")(whole_runs)
 
 
 @table("metadata", "metadata.json", scripts=("create_metadata.py", "benchmarks/metadata.py"))
