@@ -26,7 +26,7 @@ from output import git, replace_text
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "benchmarks/results"
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/*.md")
-BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end table -->)", re.S)
+BLOCK = re.compile(r"^(<!-- table: (\S+) -->\n)(.*?)^(<!-- end table -->)", re.S | re.M)
 NO_RECORD = "before provenance was recorded"
 NEEDS_RECORD = ("unet_step.json", "end_to_end.json")  # older ones are of PyTorch's int8 kernels: archive/
 UNITS = {"amx_int8": "AMX", "avx512_bf16": "AVX512-BF16", "avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI"}
@@ -145,7 +145,7 @@ def headline(speed: Row, fidelity: Row) -> Content:
     content, fp32 = Content(["UNet", *heads]), steps.get("diffusers fp32", {})
     for name, step, folder in names:
         cost, closeness = steps.get(step, {}), folders.get(folder, {})
-        cells = [with_ratio(cost.get(key), fp32.get(key), 2 if key == "seconds" else 1) for key in COSTS]
+        cells = [with_ratio(cost.get(key), fp32.get(key), digits) for key, digits in COSTS.items()]
         row = [name, *cells, interval(closeness.get("psnr")), number(first(closeness.get("lpips")), 5)]
         if folder == "fp32" and folders:
             row[-2] = "reference"
@@ -153,7 +153,7 @@ def headline(speed: Row, fidelity: Row) -> Content:
     return drop_empty(content)
 
 
-COSTS = ("file_mb", "peak_gib", "seconds")
+COSTS = {"file_mb": 0, "peak_gib": 1, "seconds": 2}  # decimals of each
 
 
 def first(values: list[float] | None) -> float | None:
@@ -170,7 +170,7 @@ def unet_step(result: Row) -> Content:
         row = steps.get(name, {})
         ratios = [with_ratio_only(row, steps.get(base, {})) for base in ("diffusers fp32", "diffusers bf16")]
         cells = [f"{row['spread']:.0%}" if "spread" in row else "", *ratios, number(row.get("first_seconds"))]
-        cells = [number(row.get("seconds")), *cells, number(row.get("peak_gib")), number(row.get("file_mb"), 1)]
+        cells = [number(row.get("seconds")), *cells, number(row.get("peak_gib")), number(row.get("file_mb"), 0)]
         content.rows.append([STEP_NAMES.get(name, name), *cells])
         content.used += [("unet_step.json", row)]
     return drop_empty(content)
@@ -275,25 +275,38 @@ def train_step(result: Row) -> Content:
     return drop_empty(content)
 
 
-@table("training-cost", "train_step.json", scripts=(TRAIN, "benchmarks/train_step.py"))
-def training_cost(result: Row) -> Content:
-    """The README's training command at SD v1.5's size, computed from the parts of a step at batch 1."""
+def hours_of_training(result: Row) -> tuple[float, float] | None:
+    """Of calibration (200 batches of 4) and training (300 steps of 4) for SD v1.5, from a step at batch 1."""
     rows = training_rows(result, checkpointing=True)
     ours, encoding = rows.get(OURS), rows.get(ENCODING)
     if not ours or not encoding:
-        return Content(missing=["parts of a training step at batch 1 (train_step.py --gradient_checkpointing)"])
-    calibration = encoding["seconds"] + ours["student_forward"]
-    training = encoding["seconds"] + ours["seconds"] - ours["optimizer_and_ema"] + ours["optimizer_and_ema"] / 4
-    content = Content(["part of the command", "pictures", "s a picture", "hours"])
-    for name, pictures, each in (
-        ("calibration, 200 batches of 4", 800, calibration),
-        ("training, 300 steps of 4", 1200, training),
-    ):
-        content.rows.append([name, str(pictures), number(each, 1), number(pictures * each / 3600, 1)])
-    total = (800 * calibration + 1200 * training) / 3600
-    content.rows.append(["together, computed from a step at batch 1", "2000", "", number(total, 1)])
-    content.used += [("train_step.json", ours)]
-    return content
+        return None
+    calibration = 800 * (encoding["seconds"] + ours["student_forward"])
+    pictures = 1200 * (encoding["seconds"] + ours["seconds"] - ours["optimizer_and_ema"])
+    return calibration / 3600, (pictures + 300 * ours["optimizer_and_ema"]) / 3600
+
+
+@table("commands", "train_step.json", "end_to_end.json", scripts=(TRAIN, GENERATE))
+def commands(training: Row, runs: Row) -> Content:
+    """Time, memory and disk of the README's commands for SD v1.5 at 512 pixels."""
+    content = Content(["SD v1.5, 512 pixels", "time", "peak memory", "disk"])
+    hours, ours = hours_of_training(training), training_rows(training, checkpointing=True).get(OURS, {})
+    time = f"{sum(hours):.1f} h, computed from a step at batch 1" if hours else ""
+    disk = f"{2 * CHECKPOINT_BYTES / 1e9:.1f} GB, computed: two checkpoints" if hours else ""
+    memory = f"{ours['peak_gib']:.1f} GiB in the variant for 24 GB below" if ours.get("peak_gib") else ""
+    content.rows.append(["training", time, memory, disk])
+    by_steps = {(row["name"], row["steps"]): row for row in runs.get("rows", [])}
+    for (name, steps), row in by_steps.items():
+        if steps != 50 or name not in ("fp32", "int8"):
+            continue
+        cells = [f"{row['seconds']:.0f} s", f"{row['peak_gib']:.1f} GiB", ""]
+        content.rows.append([f"`text2images.py`, {name}, one picture of {steps} steps", *cells])
+    content.missing = [] if by_steps else ["text2images.py"]
+    return drop_empty(content)
+
+
+PARAMETERS = 859_520_964  # of SD v1.5's UNet
+CHECKPOINT_BYTES = 16 * PARAMETERS  # fp32 weights, their average, and Adam's two moments
 
 
 @table("streaming", "streaming.json", scripts=(TRAIN, "benchmarks/streaming.py"))
@@ -514,8 +527,9 @@ def demo(result: Row) -> Content:
     """How long `make demo` takes, and the last lines that it prints."""
     if not result:
         return Content(missing=["make demo (benchmarks/demo.py)"])
-    minutes = f"{result['seconds'] / 60:.0f} minutes after the installation, the last lines are:"
-    return Content(text="\n".join([minutes, "", "```", *result["output"], "```"]))
+    minutes = f"{result['seconds'] / 60:.0f} minutes after the installation, it prints:"
+    rows = [number for number, line in enumerate(result["output"]) if line.startswith("|")]
+    return Content(text="\n".join([minutes, "```", *result["output"][: rows[-1] + 1], "```"]))
 
 
 # ---------------------------------------------------------------- below each table
@@ -586,7 +600,7 @@ def render(name: str, document: Path) -> str:
     if content.rows:
         lines = ["| " + " | ".join(content.head) + " |", "|---" * len(content.head) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in content.rows]
-    return "\n" + "\n".join([*lines, "", source_line(name, content, results, document)]).lstrip("\n") + "\n\n"
+    return "\n".join([*lines, "", source_line(name, content, results, document)]).lstrip("\n") + "\n"
 
 
 def documents() -> list[Path]:
@@ -603,12 +617,12 @@ class Block:
 def blocks(document: Path) -> Iterator[Block]:
     """The tables of a document, as they stand."""
     text = document.read_text(encoding="utf-8")
-    if text.count("<!-- table:") != len(BLOCK.findall(text)) or "<!-- table:" in "".join(
-        body for _, _, body, _ in BLOCK.findall(text)
-    ):
-        yield Block(document, "?", "a <!-- table: NAME --> without its <!-- end table -->")
+    found = BLOCK.findall(text)
+    starts, ends = (len(re.findall(f"^<!-- {word}", text, re.M)) for word in ("table:", "end table"))
+    if not starts == ends == len(found):
+        yield Block(document, "?", "<!-- table: NAME --> and <!-- end table --> do not pair")
         return
-    for _, name, body, _ in BLOCK.findall(text):
+    for _, name, body, _ in found:
         if name not in TABLES:
             yield Block(document, name, f"benchmarks/tables.py has no such table; there are {', '.join(TABLES)}")
         else:
