@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """text2images.py as a process, fp32, bf16 and int8: from its start to the written PNG, and its peak memory.
 
-Paints one picture with --model and --quant_model (by default a random-weight SD v1.5, which is made in
+Generates one image with --model and --quant_model (by default a random-weight SD v1.5, which is made in
 --work_dir first, with the quant_model.pt of unet_step.py). What is measured already in --work_dir is not
 measured again, so an interrupted run goes on. "first_step_seconds" is from the process's start to the first
 call of the UNet; "spread" is (max - min) / median over --rounds.

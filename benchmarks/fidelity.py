@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""How close int8 pictures are to fp32's, recipe by recipe, on the same captions and seeds.
+"""How close int8 images are to fp32's, variant by variant, from the same captions and seeds.
 
-Trains every variant on the bundled model with train_text_to_image_qat.py, paints demo/captions.txt
+Trains every variant on the bundled model with train_text_to_image_qat.py, generates demo/captions.txt
 with text2images.py, compares with evaluate.py, and counts with demo/check_scenes.py how often the
-pictures show what their captions say. What is done already in --work_dir is not done again, so an
+images show what their captions say. What is done already in --work_dir is not done again, so an
 interrupted run goes on. Writes the report as JSON, and the default's contact sheet beside it.
 
     python benchmarks/fidelity.py --output benchmarks/results/fidelity.json
@@ -162,7 +162,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained_model_name_or_path", type=Path, default=ROOT / "demo/tiny-stable-diffusion")
     add("--train_data_dir", type=Path, default=ROOT / "demo/scenes", help="made by make demo")
     add("--captions_file", type=Path, default=ROOT / "demo/captions.txt")
-    add("--images_num", type=int, default=4, help="pictures of each of the 64 captions")
+    add("--images_num", type=int, default=4, help="images of each of the 64 captions")
     add("--num_inference_steps", type=int, default=50)
     add("--guidance_scale", type=float, default=3.0)
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="fp32 is always among them")

@@ -264,8 +264,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--unet", type=Path, help="folder of a UNet; without it SD v1.5's, with random weights")
     add("--layers_per_block", type=int, default=2, help="of SD v1.5's; 1: the same shapes in less memory and time")
-    add("--batch_size", type=int, default=1, help="pictures of a step")
-    add("--edge", type=int, default=64, help="edge of the latents: an eighth of the picture's")
+    add("--batch_size", type=int, default=1, help="images of a step")
+    add("--edge", type=int, default=64, help="edge of the latents: an eighth of the image's")
     add("--gradient_checkpointing", action="store_true", help="as the trainer's flag")
     add("--mixed_precision", choices=["no", "bf16"], default="bf16", help="of all but the original")
     add("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, metavar="NAME", help=f"of {', '.join(VARIANTS)}")

@@ -318,7 +318,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     if args.shape[0] % 2:
-        parser.error("--shape: a step with guidance has two samples for each picture: give an even batch")
+        parser.error("--shape: a step with guidance has two samples for each image: give an even batch")
     missing = [name for name in args.variants or [] if not available(name)]
     if missing:
         parser.error(f"--variants {missing[0]}: pip install -r requirements-bench.txt first")
