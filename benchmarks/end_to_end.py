@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """text2images.py as a process, fp32, bf16 and int8: from its start to the written PNG, and its peak memory.
 
-Paints one picture with --model and --quant_model (by default a random-weight SD v1.5, which is made in
+Generates one image with --model and --quant_model (by default a random-weight SD v1.5, which is made in
 --work_dir first, with the quant_model.pt of unet_step.py). What is measured already in --work_dir is not
 measured again, so an interrupted run goes on. "first_step_seconds" is from the process's start to the first
 call of the UNet; "spread" is (max - min) / median over --rounds.
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from output import write_json
+from output import note_start, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
@@ -109,11 +109,6 @@ def summary(name: str, steps: int, done: list[dict[str, float]]) -> dict[str, An
     return row
 
 
-def machine() -> dict[str, Any]:
-    """As unet_step.py describes it."""
-    return json.loads(python("import json, unet_step; print(json.dumps(unet_step.machine()))").splitlines()[-1])
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -135,7 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    args.work_dir.mkdir(parents=True, exist_ok=True)
+    note_start(args.work_dir)
     make_models(args)
     rows: list[dict[str, Any]] = []
     print("| steps | UNet | s, start to PNG | spread | first step after, s | to fp32 | peak GiB |\n" + "|---" * 7 + "|")
@@ -151,7 +146,7 @@ def main() -> None:
                 f"{row['ratio_to_fp32']:.3f} | {row['peak_gib']:.2f} |",
                 flush=True,
             )
-    write_json({"machine": machine(), "rows": rows}, args.output)
+    write_json({"rows": rows}, args.output, args.work_dir)
 
 
 if __name__ == "__main__":

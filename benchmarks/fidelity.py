@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""How close int8 pictures are to fp32's, recipe by recipe, on the same captions and seeds.
+"""How close int8 images are to fp32's, variant by variant, from the same captions and seeds.
 
-Trains every variant on the bundled model with train_text_to_image_qat.py, paints demo/captions.txt
+Trains every variant on the bundled model with train_text_to_image_qat.py, generates demo/captions.txt
 with text2images.py, compares with evaluate.py, and counts with demo/check_scenes.py how often the
-pictures show what their captions say. What is done already in --work_dir is not done again, so an
+images show what their captions say. What is done already in --work_dir is not done again, so an
 interrupted run goes on. Writes the report as JSON, and the default's contact sheet beside it.
 
     python benchmarks/fidelity.py --output benchmarks/results/fidelity.json
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "demo"))
 
 import check_scenes  # noqa: E402
-from output import write_json  # noqa: E402
+from output import note_start, write_json  # noqa: E402
 
 PTQ = ["--max_train_steps=0"]
 QAT = ["--max_train_steps=600", "--use_ema"]  # all else is by default as in the original README
@@ -45,6 +45,7 @@ SEEDS = (1, 2)  # of calibration and training, beside the default 0
 # differences from these are kept in the report
 BASELINES = ("bf16", "int8-ptq", "int8-ptq-bf16", "int8-ptq-unpaired", "int8-ptq-painting", "published")
 BASELINES += tuple(f"int8-ptq-seed-{seed}" for seed in SEEDS)
+BASELINES += ("int8-qat-unpaired", "openvino-int8", "openvino-int8-bf16")
 
 
 @dataclass
@@ -161,7 +162,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained_model_name_or_path", type=Path, default=ROOT / "demo/tiny-stable-diffusion")
     add("--train_data_dir", type=Path, default=ROOT / "demo/scenes", help="made by make demo")
     add("--captions_file", type=Path, default=ROOT / "demo/captions.txt")
-    add("--images_num", type=int, default=4, help="pictures of each of the 64 captions")
+    add("--images_num", type=int, default=4, help="images of each of the 64 captions")
     add("--num_inference_steps", type=int, default=50)
     add("--guidance_scale", type=float, default=3.0)
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="fp32 is always among them")
@@ -178,7 +179,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    args.work_dir.mkdir(parents=True, exist_ok=True)
+    note_start(args.work_dir)
     names = ["fp32", *sorted(set(args.variants) - {"fp32"}, key=list(VARIANTS).index)]
     names.sort(key=lambda name: name == "int8-qat")  # the contact sheet is of the last one
     painted = {name: paint(name, VARIANTS[name], args) for name in names}
@@ -193,7 +194,7 @@ def main() -> None:
     for row in report["differences"]:
         row |= {end: Path(row[end]).name for end in ("from", "to")}
     report["differences"] = [row for row in report["differences"] if row["from"] in BASELINES]
-    write_json(report, args.output)
+    write_json(report, args.output, args.work_dir)
     shutil.copyfile(args.work_dir / "contact_sheet.png", args.output.with_suffix(".png"))
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from output import cpu_name, write_json
+from output import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 READ = "for folder, _, names in os.walk(sys.argv[1]):\n for name in names:\n  if name.endswith('.txt'):\n   "
@@ -95,8 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         rows += measure(workers, args.large_pairs, args.rounds)
     for row in rows:
         print(json.dumps(row))
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count()}
-    write_json({"machine": machine, "rows": rows}, args.output)
+    write_json({"rows": rows}, args.output)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Which layer is to blame: the error at the UNet's output that each layer causes when it alone is int8.
+"""Which layers err: the error at the UNet's output that each layer causes when it alone is int8.
 
-The full-precision model paints captions of demo/captions.txt. At some of its steps one layer after the
+The full-precision model generates captions of demo/captions.txt. At some denoising steps one layer after the
 other is fake-quantized as train_text_to_image_qat.py does it before its first step: in full, its input
 only, and its weights only. Errors are squared and relative to the output's square, of both branches of
-guidance ("output") and of what guidance makes of them ("guided"), which is what the picture gets and
-what the list is sorted by. Writes the list as JSON and, beside it, as a picture.
+guidance ("output") and of what guidance makes of them ("guided"), which is what the next step gets and
+what the list is sorted by. Writes the list as JSON and, beside it, as a chart.
 
     python benchmarks/sensitivity.py --output benchmarks/results/sensitivity.json
 
---float_budget 5 also writes a recipe for the trainer's --quantization_config: the layers that err most
+--float_budget 5 also writes a configuration for the trainer's --quantization_config: the layers that err most
 for their arithmetic compute in float, up to 5 percent of all multiply-accumulates.
 """
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_text_to_image_qat as trainer  # noqa: E402
-from output import write_json  # noqa: E402
+from output import replace, write_json  # noqa: E402
 
 KINDS = {("int8", "uint8"): "int8", ("int8", "fp32"): "int8 weights", ("fp32", "fp32"): "float"}
 INNOCENT = 0.1  # a layer in float keeps its weights in int8 where they cause less than this share of its error
@@ -47,10 +47,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", default=str(ROOT / "demo/tiny-stable-diffusion"))
-    add("--train_data_dir", type=Path, default=ROOT / "demo/scenes", help="whose pictures calibrate; made by make demo")
-    add("--captions_file", type=Path, default=ROOT / "demo/captions.txt", help="what is painted")
+    add("--train_data_dir", type=Path, default=ROOT / "demo/scenes", help="whose images calibrate; made by make demo")
+    add("--captions_file", type=Path, default=ROOT / "demo/captions.txt", help="captions to generate")
     add("--resolution", type=int, default=64, help="edge of the pictures in pixels")
-    add("--starts", type=int, default=4, help="pictures, each of another caption [%(default)s]")
+    add("--starts", type=int, default=4, help="images, each of another caption [%(default)s]")
     add("--timesteps", type=int, default=10, help="steps of each that are looked at [%(default)s]")
     add("--num_inference_steps", type=int, default=50, help="steps that a picture takes [%(default)s]")
     add("--guidance_scale", type=float, default=7.5, help="[%(default)s]")
@@ -274,17 +274,17 @@ def main(argv: list[str] | None = None) -> None:
     report = measure(args)
     print_table(report)
     picture = args.output.with_suffix(".png")
-    texts = {args.output: report}
+    write_json(report, args.output)
+    files = [args.output, picture]
     if args.float_budget is not None:
         recipe = args.output.with_name(f"{args.output.stem}_float_{args.float_budget:g}.json")
-        texts[recipe] = spend(report["layers"], args.float_budget).to_dict()
+        replace(recipe, spend(report["layers"], args.float_budget).to_dict())
+        files.insert(1, recipe)
         print(f"next: python train_text_to_image_qat.py --quantization_config {recipe} ...")
-    for path, content in texts.items():
-        write_json(content, path)
     partial = picture.with_name(picture.name + ".partial")
     chart(report).save(partial, format="PNG", optimize=True)
     os.replace(partial, picture)
-    print(", ".join(map(str, [*texts, picture])))
+    print(*files, sep=", ")
 
 
 if __name__ == "__main__":

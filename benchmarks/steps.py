@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Which step of a painting is to blame: the error of the finished latents when only some of the steps are int8.
+"""Which denoising steps err: the error of the final latents when only some of the steps run in int8.
 
-The other steps are fp32's. Errors are squared and relative to the variance of the latents, medians over the starts: one
-that lies on the border between two pictures says nothing of the others. All steps come first, then all steps with int8
-weights alone, then the groups. Writes the list as JSON.
+The other steps run in fp32. Errors are squared, relative to the variance of the latents, and medians over the seeds:
+for a few seeds the smallest change decides between two images. All steps come first, then all steps with int8 weights
+only, then the groups. Writes the list as JSON.
 
     python benchmarks/steps.py -qm demo/output/sdv1-5-qat_kd --output benchmarks/results/steps.json
 """
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import text2images as painter  # noqa: E402
 from output import write_json  # noqa: E402
 
-BATCH = 16  # pictures painted at once
+BATCH = 16  # images generated at once
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,9 +30,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("-m", "--pretrained_model_name_or_path", default=str(ROOT / "demo/tiny-stable-diffusion"))
     add("-qm", "--quantized_model_name_or_path", required=True, help="quant_model.pt, or the folder it is in")
-    add("--captions_file", type=Path, default=ROOT / "demo/captions.txt", help="what is painted")
-    add("--starts", type=int, default=32, help="pictures, each of another caption [%(default)s]")
-    add("--num_inference_steps", type=int, default=50, help="steps that a picture takes [%(default)s]")
+    add("--captions_file", type=Path, default=ROOT / "demo/captions.txt", help="captions to generate")
+    add("--starts", type=int, default=32, help="images, each of another caption [%(default)s]")
+    add("--num_inference_steps", type=int, default=50, help="denoising steps [%(default)s]")
     add("--guidance_scale", type=float, default=3.0, help="[%(default)s]")
     groups = [0, 1, 2, 5, 10, 20, 30, 40, 45, 48, 49]
     add("--groups", type=int, nargs="+", default=groups, help="first step of each group, from 0 [%(default)s]")
@@ -54,13 +54,13 @@ def painter_settings(args: argparse.Namespace, *int8: str) -> argparse.Namespace
 
 
 @torch.no_grad()
-def finished_latents(
+def final_latents(
     pipeline: painter.StableDiffusionPipeline,
     unets: list[torch.nn.Module],
     int8_steps: range,
     settings: argparse.Namespace,
 ) -> torch.Tensor:
-    """[starts, 4, H/8, W/8]; `unets`: fp32's, and the int8 one, which computes the `int8_steps`."""
+    """Final latents [N, 4, H/8, W/8]. unets: the fp32 one, and the int8 one, which runs the `int8_steps`."""
 
     def switch(pipeline: painter.StableDiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         pipeline.unet = unets[step + 1 in int8_steps]
@@ -87,7 +87,7 @@ def finished_latents(
 
 
 def measure(args: argparse.Namespace, settings: argparse.Namespace) -> list[dict]:
-    """One row for all steps, one for all of them with int8 weights alone, one for each group."""
+    """One row for all steps, one for all of them with int8 weights only, one for each group."""
     pipeline = painter.load_pipeline(settings)
     pipeline.set_progress_bar_config(disable=True)
     quantized = painter_settings(args, "-qm", args.quantized_model_name_or_path)
@@ -96,15 +96,15 @@ def measure(args: argparse.Namespace, settings: argparse.Namespace) -> list[dict
     float_inputs.quantize_inputs = False
     every, ends = range(args.num_inference_steps), [*args.groups[1:], args.num_inference_steps]
     groups = [(range(*group), False) for group in zip(args.groups, ends)]
-    expected = finished_latents(pipeline, unets, range(0), settings)
+    expected = final_latents(pipeline, unets, range(0), settings)
     rows = []
     for steps, weights_alone in [(every, False), (every, True), *groups]:
         these = [unets[0], float_inputs] if weights_alone else unets
-        errors = (finished_latents(pipeline, these, steps, settings) - expected).square().flatten(1).mean(dim=1)
+        errors = (final_latents(pipeline, these, steps, settings) - expected).square().flatten(1).mean(dim=1)
         error = (errors / expected.var()).median().item()
         rows.append({"first": steps.start, "last": steps.stop - 1, "weights_alone": weights_alone, "error": error})
         rows[-1]["percent"] = 100 * error / rows[0]["error"]
-        what = "all, int8 weights alone" if weights_alone else f"{steps.start + 1} to {steps.stop}"
+        what = "all, int8 weights only" if weights_alone else f"{steps.start + 1} to {steps.stop}"
         print(f"| {what} | {error:.2e} | {rows[-1]['percent']:.0f} |", flush=True)
     return rows
 

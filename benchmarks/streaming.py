@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 import tarfile
 import tempfile
@@ -22,12 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
-from output import cpu_name, write_json
+from output import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -156,7 +154,6 @@ def main() -> None:
     parser.add_argument("--train_steps", type=int, default=200, help="training steps at batch 4")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     args = parser.parse_args()
-    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as scratch:
         tars, pictures = Path(scratch, "tars"), Path(scratch, "pictures")
         tars.mkdir()
@@ -169,8 +166,7 @@ def main() -> None:
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for each in rows:
         print("| " + " | ".join(str(each.get(key, "-")) for key in columns) + " |")
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": threads}
-    write_json({"machine": machine, "rows": rows}, args.output)
+    write_json({"rows": rows}, args.output)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_text_to_image_qat as trainer  # noqa: E402
 from alternatives import publish  # noqa: E402
-from output import cpu_name, write_json  # noqa: E402
+from output import kept_rows, write_json  # noqa: E402
 
 PARTS = ("student_forward", "teacher", "backward")
 PLAIN, BASE, EAGER, OURS, ORIGINAL = (
@@ -259,17 +259,13 @@ def make_rows(rounds: dict, updates: list[float], setting: dict) -> list[dict]:
     return rows
 
 
-def machine() -> dict:
-    return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--unet", type=Path, help="folder of a UNet; without it SD v1.5's, with random weights")
     add("--layers_per_block", type=int, default=2, help="of SD v1.5's; 1: the same shapes in less memory and time")
-    add("--batch_size", type=int, default=1, help="pictures of a step")
-    add("--edge", type=int, default=64, help="edge of the latents: an eighth of the picture's")
+    add("--batch_size", type=int, default=1, help="images of a step")
+    add("--edge", type=int, default=64, help="edge of the latents: an eighth of the image's")
     add("--gradient_checkpointing", action="store_true", help="as the trainer's flag")
     add("--mixed_precision", choices=["no", "bf16"], default="bf16", help="of all but the original")
     add("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, metavar="NAME", help=f"of {', '.join(VARIANTS)}")
@@ -293,7 +289,6 @@ def main(argv: list[str] | None = None) -> None:
     setting |= {"checkpointing": args.gradient_checkpointing, "mixed_precision": args.mixed_precision}
     others = json.loads(args.output.read_text(encoding="utf-8"))["rows"] if args.output.is_file() else []
     earlier = {row["name"]: row for row in others if setting.items() <= row.items()}
-    others = [row for row in others if not setting.items() <= row.items()]
     names, peaks = args.variants, {}
     if args.measure != "time":
         peaks = {name: peak_gib(name, list(sys.argv[1:] if argv is None else argv)) for name in names}
@@ -308,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
         row["peak_gib"] = peaks.get(row["name"], earlier.get(row["name"], {}).get("peak_gib"))
     for row in rows:
         print(json.dumps(row))
-    write_json({"machine": machine(), "rows": others + rows}, args.output)
+    write_json({"rows": kept_rows(args.output, setting) + rows}, args.output)
 
 
 if __name__ == "__main__":

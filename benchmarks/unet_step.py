@@ -18,7 +18,6 @@ import importlib.util
 import json
 import logging
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -37,11 +36,10 @@ import torch.nn as nn  # noqa: E402
 from diffusers import UNet2DConditionModel  # noqa: E402
 
 import text2images  # noqa: E402
-from output import cpu_name, write_json  # noqa: E402
+from output import kept_rows, write_json  # noqa: E402
 
 Step = Callable[[], Any]
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are the class's defaults
-ISA = ("avx2", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
 
 
 # ---------------------------------------------------------------- the models on disk
@@ -207,18 +205,6 @@ def available(name: str) -> bool:
 # ---------------------------------------------------------------- measuring
 
 
-def machine() -> dict[str, Any]:
-    """Where the figures come from."""
-    capabilities = torch.cpu.get_capabilities()
-    return {
-        "cpu": cpu_name(),
-        "isa": [name for name in ISA if capabilities.get(name)],
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "torch": torch.__version__,
-    }
-
-
 def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Wall and CPU seconds of each variant in each round, after one that warms up; they take turns."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
@@ -244,7 +230,19 @@ def run_alone(name: str, args: argparse.Namespace) -> None:
     began = time.perf_counter()
     step()
     seconds = time.perf_counter() - began
-    print(json.dumps({"peak_gib": round(peak_gib(), 2), "first_seconds": round(seconds, 2)}))
+    row = {"peak_gib": round(peak_gib(), 2), "first_seconds": round(seconds, 2), "file_mb": file_mb(name, args)}
+    print(json.dumps(row))
+
+
+def file_mb(name: str, args: argparse.Namespace) -> float | None:
+    """Size of the weights on disk; bf16's would be half of fp32's, from which diffusers converts them."""
+    if name == "original recipe":
+        return None  # it wrote none that can be loaded
+    if name.startswith("diffusers"):
+        size = sum(path.stat().st_size for path in write_unet(args).glob("*.safetensors"))
+        return round(size / (2e6 if "bf16" in name else 1e6), 1)
+    path = write_ours(args) if name.startswith("int8") else write_openvino(args, "int8" in name).with_suffix(".bin")
+    return round(path.stat().st_size / 1e6, 1)
 
 
 def peak_gib() -> float:
@@ -320,7 +318,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     if args.shape[0] % 2:
-        parser.error("--shape: a step with guidance has two samples for each picture: give an even batch")
+        parser.error("--shape: a step with guidance has two samples for each image: give an even batch")
     missing = [name for name in args.variants or [] if not available(name)]
     if missing:
         parser.error(f"--variants {missing[0]}: pip install -r requirements-bench.txt first")
@@ -357,10 +355,8 @@ def main() -> None:
     if args.output is None:
         return
     earlier = json.loads(args.output.read_text()) if args.output.is_file() else {}
-    kept = [row for row in earlier.get("rows", []) if (row["batch"], row["latents"]) != args.shape]
-    write_json(
-        {"machine": machine(), "rows": kept + rows, "profiles": profiles or earlier.get("profiles", {})}, args.output
-    )
+    kept = kept_rows(args.output, {"batch": args.shape[0], "latents": args.shape[1]})
+    write_json({"rows": kept + rows, "profiles": profiles or earlier.get("profiles", {})}, args.output)
 
 
 if __name__ == "__main__":
