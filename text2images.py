@@ -37,6 +37,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Importing these libraries on a CPU prints notices about GPU parts that are not there.
@@ -652,6 +653,9 @@ class OpenVINOUNet(UNet2DConditionModel):
         ModelMixin.__init__(self)  # without the layers
         self.register_to_config(**settings_of_unet(payload))
         self.more_inputs = list(inputs_of_unet(self.config))[3:]
+        if "text_embeds" in self.more_inputs:  # the pipeline looks there for the width of its conditioning
+            width = self.config.projection_class_embeddings_input_dim
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         self.register_buffer("none", torch.empty(0))  # the pipeline asks for a device and a dtype
         self.args, self.core = args, openvino_core()
         self.settings = openvino_settings(args) | (more_settings or {})
