@@ -154,7 +154,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "of all that is not int8; auto: float32 with the full-precision UNet, around int8 bfloat16 where the CPU has it"
     )
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help=text)
-    text = "what runs the int8 UNet; torch: in float, at float speed; auto: OpenVINO, but torch where CUDA is there"
+    text = "what runs the int8 UNet; torch: in float, slower than fp32; auto: OpenVINO, but torch where CUDA is there"
     add("--engine", choices=["auto", "openvino", "torch"], default="auto", help=text)
     add("--device", default="CPU", help="OpenVINO's name of the device that runs the int8 UNet: CPU, GPU, GPU.1, ...")
     text = "also write all as OpenVINO models, for OpenVINO GenAI (Python, C++) and optimum-intel; no captions needed"
@@ -516,7 +516,7 @@ def openvino_core() -> Any:
 
 
 def trace(
-    compute: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], sizes: dict[str, list[int]], output: str
+    compute: Callable[..., Any], inputs: dict[str, torch.Tensor], sizes: dict[str, list[int]], *outputs: str
 ) -> Any:
     """An OpenVINO model of what `compute` makes of its inputs; -1 is a size that may be chosen later."""
     with warnings.catch_warnings(), torch.no_grad():
@@ -524,7 +524,7 @@ def trace(
         # OpenVINO would trace by itself, and then once more to compare: minutes for SD v1.5
         traced = torch.jit.trace(compute, tuple(inputs.values()), check_trace=False, strict=False)
         model = import_openvino().convert_model(traced, input=list(sizes.values()))
-    for port, name in zip([*model.inputs, *model.outputs], [*inputs, output]):
+    for port, name in zip([*model.inputs, *model.outputs], [*inputs, *outputs]):
         port.set_names({name})
     # By default OpenVINO quantizes the inputs of layers with int8 weights alone, too: 1 dB less.
     model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
@@ -616,7 +616,11 @@ def cached(file: Path, name: str, write: Callable[[Path], None]) -> Path:
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a folder, which gets its name when it is complete, and holds the checksums of its files."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True) as partial:
+    for left in folder.parent.glob(".openvino-*.partial"):  # by a run that was killed; others may be at work
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
+    name = {"prefix": ".openvino-", "suffix": ".partial", "dir": folder.parent}
+    with tempfile.TemporaryDirectory(**name, ignore_cleanup_errors=True) as partial:
         inner = Path(partial) / folder.name
         inner.mkdir()
         write(inner)
@@ -1458,38 +1462,63 @@ def to_fp32(unet: nn.Module, args: tuple, output: Any) -> Any:
 # ---------------------------------------------------------------- the whole pipeline for OpenVINO
 
 
-def save_openvino(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> None:
+def text_encoder_to_openvino(encoder: PreTrainedModel, length: int, all_layers: bool) -> Any:
+    """input_ids [B, length] -> last_hidden_state [B, length, D], as OpenVINO's model.
+
+    With all_layers, as SDXL reads the last but one: the text embedding (text_embeds or pooler_output) and the layers'
+    hidden_states.K beside it, in the order in which optimum-intel has them and OpenVINO GenAI counts on them.
+    """
+    pooled = "text_embeds" if hasattr(encoder, "text_projection") else "pooler_output"
+    names = sorted(["last_hidden_state", pooled], key=lambda name: name != "text_embeds") if all_layers else []
+    names = names or ["last_hidden_state"]
+
+    def encode(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = encoder(ids, output_hidden_states=True)
+        return tuple(made[name] for name in names) + (tuple(made.hidden_states) if all_layers else ())
+
+    layers = [f"hidden_states.{layer}" for layer in range(encoder.config.num_hidden_layers + 1)] if all_layers else []
+    ids = {"input_ids": torch.ones(1, length, dtype=torch.int64)}
+    return trace(encode, ids, {"input_ids": [-1, length]}, *names, *layers)
+
+
+def save_openvino(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline, args: argparse.Namespace) -> None:
     """Write all that paints as OpenVINO models, in the layout that OpenVINO GenAI and optimum-intel load.
 
     Raises:
         UsageError: openvino-tokenizers is missing, the folder exists, or it cannot be written.
     """
-    ov, folder, encoder, vae = import_openvino(), args.save_openvino, pipeline.text_encoder, pipeline.vae
+    ov, folder, vae = import_openvino(), args.save_openvino, pipeline.vae
     try:
         from openvino_tokenizers import convert_tokenizer
     except ImportError as error:
         needed = "pip install -r requirements-openvino-genai.txt"
         raise UsageError(f"--save_openvino: openvino-tokenizers does not import ({error}): {needed}") from error
-    for part in (encoder, vae):
-        part.requires_grad_(False)
-    ids = {"input_ids": torch.ones(1, pipeline.tokenizer.model_max_length, dtype=torch.int64)}
-    latents = {"latent_sample": torch.randn(1, vae.config.latent_channels, 16, 16)}
-    text = trace(lambda ids: encoder(ids)[0], ids, {"input_ids": [-1, ids["input_ids"].shape[1]]}, "last_hidden_state")
-    sizes = {"latent_sample": [-1, vae.config.latent_channels, -1, -1]}
-    decoder = trace(lambda latents: vae.decode(latents).sample, latents, sizes, "sample")
+    numbers = ["", "_2"] if isinstance(pipeline, StableDiffusionXLPipeline) else [""]
+    encoders = {f"text_encoder{number}": pipeline.components[f"text_encoder{number}"] for number in numbers}
+    tokenizers = {f"tokenizer{number}": pipeline.components[f"tokenizer{number}"] for number in numbers}
+    models = {}
+    for (part, encoder), tokenizer in zip(encoders.items(), tokenizers.values()):
+        encoder.requires_grad_(False)
+        models[part] = text_encoder_to_openvino(encoder, tokenizer.model_max_length, all_layers=len(encoders) > 1)
+    latents, sizes = torch.randn(1, vae.config.latent_channels, 16, 16), [-1, vae.config.latent_channels, -1, -1]
+    decode = vae.requires_grad_(False).decode
+    inputs = {"latent_sample": latents}
+    models["vae_decoder"] = trace(lambda latents: decode(latents).sample, inputs, {"latent_sample": sizes}, "sample")
     unet = ov.preprocess.PrePostProcessor(openvino_core().read_model(pipeline.unet.model_file()))
     unet.input("timestep").tensor().set_element_type(ov.Type.i64)  # as OpenVINO GenAI's samplers have it
-    models = {"text_encoder": text, "unet": unet.build(), "vae_decoder": decoder}
+    models["unet"] = unet.build()
 
     def write(folder: Path) -> None:
         for part, model in models.items():
             ov.save_model(model, folder / part / "openvino_model.xml", compress_to_fp16=part != "unet")
-        encoder.config.save_pretrained(folder / "text_encoder")
+        for part, encoder in encoders.items():
+            encoder.config.save_pretrained(folder / part)
+        for part, tokenizer in tokenizers.items():
+            tokenizer.save_pretrained(folder / part)
+            ov.save_model(convert_tokenizer(tokenizer), folder / part / "openvino_tokenizer.xml")
         pipeline.unet.save_config(folder / "unet")
         vae.save_config(folder / "vae_decoder")
         pipeline.scheduler.save_pretrained(folder / "scheduler")
-        pipeline.tokenizer.save_pretrained(folder / "tokenizer")
-        ov.save_model(convert_tokenizer(pipeline.tokenizer), folder / "tokenizer/openvino_tokenizer.xml")
         pipeline.register_to_config(unet=("diffusers", "UNet2DConditionModel"))
         pipeline.save_config(folder)
         for path in folder.rglob("*.json"):  # OpenVINO GenAI takes null for a value of the wrong kind

@@ -208,6 +208,15 @@ def quant_model(model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPa
     return output_dir / "quant_model.pt"
 
 
+@pytest.fixture(scope="session")
+def xl_quant_model(xl_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """quant_model.pt of the tiny SDXL, only calibrated."""
+    output_dir = tmp_path_factory.mktemp("xl quantized")
+    with training_in_process(xl_dir, data_dir) as run:
+        run(output_dir, "--max_train_steps", "0")
+    return output_dir / "quant_model.pt"
+
+
 def batch_of(replaced: torch.Tensor) -> dict[str, Any]:
     """What Watch looks at in a batch, for that many pictures that were put in the place of unreadable ones."""
     failures = ["a.jpg: spoilt" if count else "" for count in replaced.tolist()]

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -234,6 +235,16 @@ def test_the_form_is_made_once_and_a_damaged_one_anew(own_file: list[str], tmp_p
     assert not list((tmp_path / "quant_model.openvino").rglob("*.partial"))
 
 
+def test_what_a_killed_run_left_goes_after_an_hour(own_file: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "quant_model.openvino"
+    for age in (0, 4000):
+        left = folder / f".openvino-{age}.partial"
+        left.mkdir(parents=True)
+        os.utime(left, (time.time() - age,) * 2)
+    output_of(own_file)
+    assert [path.name for path in folder.glob(".openvino-*")] == [".openvino-0.partial"]
+
+
 def test_forms_of_earlier_contents_go(own_file: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "quant_model.openvino"
     for name in ("0123456789abcdef-0123456789abcdef", "not ours"):
@@ -350,12 +361,17 @@ numpy.save(out, pipeline.generate(caption, generator=Noise(42), **size).data[0])
 
 @exact_kernels
 @pytest.mark.skipif(importlib.util.find_spec("openvino_genai") is None, reason="openvino-genai is not installed")
-def test_openvino_genai_paints_from_the_saved_folder(model_dir: Path, quant_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_openvino_genai_paints_from_the_saved_folder(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     pytest.importorskip("openvino_tokenizers")
-    flags = ["-m", str(model_dir), "-c", "a lake", "--num_inference_steps", "20", "--output_dir", str(tmp_path)]
-    text2images.main([*flags, "-qm", str(quant_model), "--save_openvino", str(tmp_path / "saved")])
+    xl = "XL" in kind
+    model, file = (
+        request.getfixturevalue(name) for name in (("xl_dir", "xl_quant_model") if xl else ("model_dir", "quant_model"))
+    )
+    flags = ["-m", str(model), "-c", "a lake", "--num_inference_steps", "20", "--output_dir", str(tmp_path)]
+    text2images.main([*flags, "-qm", str(file), "--save_openvino", str(tmp_path / "saved")])
     index = json.loads((tmp_path / "saved/model_index.json").read_text())
-    assert index["_class_name"] == "StableDiffusionPipeline" and all(value is not None for value in index.values())
+    assert index["_class_name"] == kind and all(value is not None for value in index.values())
     out = tmp_path / "genai.npy"
     run = run_command(sys.executable, "-c", GENAI, tmp_path / "saved", "a lake", str(SIZE), out)
     assert run.returncode == 0

@@ -157,14 +157,6 @@ def test_the_unet_hears_of_caption_and_size(xl_dir: Path) -> None:
 # ---------------------------------------------------------------- painting
 
 
-@pytest.fixture(scope="module")
-def xl_quant_model(xl_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output_dir = tmp_path_factory.mktemp("xl quantized")
-    with training_in_process(xl_dir, data_dir) as run:
-        run(output_dir, "--max_train_steps", "0")
-    return output_dir / "quant_model.pt"
-
-
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 @pytest.mark.parametrize("flags", [[], ["--negative_prompt", "rain"], ["--guidance_scale", "1"], ["--clip_skip", "1"]])
 def test_int8_paints_what_fp32_paints(
