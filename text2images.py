@@ -606,6 +606,8 @@ def cached(file: Path, name: str, write: Callable[[Path], None]) -> Path:
                     shutil.rmtree(other, ignore_errors=True)
             return folder
         except (OSError, RuntimeError) as error:
+            if is_whole(folder):  # another process was faster
+                return folder
             problems.append(f"{folder.parent} ({str(error).strip().splitlines()[-1]})")
     raise UsageError(
         f"-qm {file}: OpenVINO's form of it was not made in {' or '.join(problems)}: free space there, or set "
@@ -616,10 +618,10 @@ def cached(file: Path, name: str, write: Callable[[Path], None]) -> Path:
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a folder, which gets its name when it is complete, and holds the checksums of its files."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(".openvino-*.partial"):  # by a run that was killed; others may be at work
+    for left in folder.parent.glob(".openvino.*.partial"):  # by a run that was killed; others may be at work
         if time.time() - left.stat().st_mtime > 3600:
             shutil.rmtree(left, ignore_errors=True)
-    name = {"prefix": ".openvino-", "suffix": ".partial", "dir": folder.parent}
+    name = {"prefix": ".openvino.", "suffix": ".partial", "dir": folder.parent}
     with tempfile.TemporaryDirectory(**name, ignore_cleanup_errors=True) as partial:
         inner = Path(partial) / folder.name
         inner.mkdir()

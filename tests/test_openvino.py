@@ -238,11 +238,11 @@ def test_the_form_is_made_once_and_a_damaged_one_anew(own_file: list[str], tmp_p
 def test_what_a_killed_run_left_goes_after_an_hour(own_file: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "quant_model.openvino"
     for age in (0, 4000):
-        left = folder / f".openvino-{age}.partial"
+        left = folder / f".openvino.{age}.partial"
         left.mkdir(parents=True)
         os.utime(left, (time.time() - age,) * 2)
     output_of(own_file)
-    assert [path.name for path in folder.glob(".openvino-*")] == [".openvino-0.partial"]
+    assert [path.name for path in folder.glob(".openvino.*")] == [".openvino.0.partial"]
 
 
 def test_forms_of_earlier_contents_go(own_file: list[str], tmp_path: Path) -> None:
