@@ -276,7 +276,7 @@ class Int8Layer(nn.Module):
 # All that the pickle inside may name; torch.load(weights_only=True) would also allow, say, bytearray(10**12).
 PICKLE_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 PICKLE_NAMES |= {f"torch {kind}Storage" for kind in ("Char", "Int", "Half", "BFloat16", "Float")}
-MAX_INDEX_BYTES, MAX_OPCODES = 1 << 20, 100_000  # of the pickle; that of SD 1.5 has 0.2 MiB and 45,000
+MAX_INDEX_BYTES, MAX_OPCODES = 1 << 20, 200_000  # of the pickle; that of SDXL has 0.6 MiB and 127,000
 TRAILER = struct.Struct("<4s 36x Q Q 4s 4x Q 4x 4s 18x")  # zip64 end record, its locator, end record
 NOT_OURS = (
     "a state dict or model such as Intel's original example wrote, which does not hold what an int8 UNet needs: "

@@ -22,11 +22,10 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from conftest import ROOT
+from conftest import BETAS, ROOT
 
 FP32_UNET_BYTES = 4 * 859_520_964
 FP32_XL_UNET_BYTES = 4 * 2_567_463_684
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def vae_of_full_size(edge: int) -> AutoencoderKL:
@@ -152,4 +151,4 @@ def test_sdxl_calibrates_and_paints_at_1024_pixels_within_24_gb(tmp_path: Path) 
     short = ["--captions", "a lake", "--num_inference_steps", "1", "--output_dir", tmp_path / "int8"]
     _, _, peak = measured("text2images.py", *name, "-qm", output, *short)
     row = json.loads((tmp_path / "int8" / "results.jsonl").read_text())
-    assert row["status"] in ("ok", "non-finite") and (row["height"], row["width"]) == (1024, 1024) and peak < 24
+    assert row["status"] == "ok" and (row["height"], row["width"]) == (1024, 1024) and peak < 24

@@ -223,3 +223,10 @@ def test_parts_that_do_not_fit_each_other_are_refused(script: Any, xl_dir: Path,
     shutil.rmtree(model / "text_encoder_2")
     edit(model / "model_index.json", text_encoder=["transformers", "CLIPTextModel"])
     assert "it has no folder text_encoder_2" in refusal(script, model)
+
+
+def test_a_file_of_full_size_is_within_the_reader_s_limits(tmp_path: Path) -> None:
+    """SDXL's has 4,290 tensors: 794 layers of six each and what lies between them."""
+    names = [f"up_blocks.0.attentions.0.transformer_blocks.{number}.attn1.to_q.weight_scale" for number in range(4290)]
+    torch.save({"state_dict": {name: torch.zeros(1) for name in names}}, tmp_path / "quant_model.pt")
+    assert text2images.foreign_names(tmp_path / "quant_model.pt") == set()
