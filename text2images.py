@@ -104,8 +104,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
-    add("-m", "--pretrained_model_name_or_path", required=True, help="diffusers folder or hub id of Stable Diffusion")
+    add("-m", "--pretrained_model_name_or_path", help="diffusers folder or hub id of Stable Diffusion, needed to paint")
     add("-qm", "--quantized_model_name_or_path", type=Path, help="quant_model.pt, or the folder it is in")
+    add("--describe", action="store_true", help="print what is in the file of -qm and end; needs no -m and no captions")
     add("--variant", help="file variant of the checkpoint's weights, as in fp16")
     add("--revision", help="git revision of the hub model")
     add("--cache_dir", help="where downloads are kept")
@@ -140,6 +141,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, default=Path("images"), help="gets the pictures and results.jsonl")
     add("--debug", action="store_true", help="show the traceback with an error")
     args = parser.parse_args(argv)
+
+    if args.describe:
+        if args.quantized_model_name_or_path is None:
+            parser.error("--describe needs -qm FILE: the quant_model.pt to describe")
+        return args
+    if args.pretrained_model_name_or_path is None:
+        parser.error("nothing to paint with: give -m, a diffusers folder or hub id of Stable Diffusion")
+    # what results.jsonl keeps, so that evaluate.py can name a command that paints a picture again
+    apart = {"captions", "captions_file", "images_num", "seed", "batch_size", "output_dir", "debug"}
+    changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    args.flags = [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in changed.items() if name not in apart
+    ]
 
     if args.captions_file is not None:
         try:
@@ -570,6 +584,54 @@ def checksum(state_dict: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def describe(path: Path) -> str:
+    """The facts of a quant_model.pt as text: layers by kind and dtype, sizes, recipe, versions, training, checksum.
+
+    Raises:
+        UsageError: as read_quant_model, which has checked every tensor; all other values may be anything.
+    """
+    path, payload = quant_model_file(path), read_quant_model(path)
+    tensors = payload["state_dict"]
+    layers: dict[tuple[str, str], list[int]] = {}  # (kind, dtype) -> layers, parameters, bytes
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        weight = tensors.get(f"{layer}.weight", tensor)
+        dtype = str(weight.dtype).removeprefix("torch.")
+        if dtype == "int8":
+            dtype = "int8" if f"{layer}.input_scale" in tensors else "int8 weights"
+        row = layers.setdefault(({4: "Conv2d", 2: "Linear", 1: "norm"}.get(weight.dim(), "other"), dtype), [0, 0, 0])
+        row[0] += part == "weight"
+        row[1] += tensor.numel() if part in ("weight", "bias") else 0
+        row[2] += tensor.nbytes  # with the scales, factors and zero points that belong to it
+
+    def said(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{said(key)} {said(part)}" for key, part in value.items() if not isinstance(part, dict))
+        return shown(value).strip("'\"").replace("\\\\", "\\")
+
+    def listed(heading: str, facts: Any) -> list[str]:
+        facts = facts if isinstance(facts, dict) else {"": facts}
+        return ["", heading, *(f"  {said(key):<24} {said(value)}" for key, value in facts.items())]
+
+    fp32 = max(4, 4 * sum(parameters for _, parameters, _ in layers.values()))  # bytes
+    size, recipe = path.stat().st_size, payload.get("quantization")
+    lines = [
+        f"{path}: {size / 1e6:.1f} MB, {size / fp32:.3f} of the same UNet in fp32 ({fp32 / 1e6:.1f} MB)",
+        f"format {payload['format']}, version {payload['format_version']}",
+        f"trained from {said(payload.get('base_model'))}",
+        f"SHA-256 of its tensors, as it should be: {payload['checksum']}",
+        "",
+        f"{'layers':<8} {'dtype':<14} {'count':>6} {'parameters':>12} {'MB':>8}",
+    ]
+    for (kind, dtype), (count, parameters, octets) in sorted(layers.items()):
+        lines.append(f"{kind:<8} {dtype:<14} {count:>6} {parameters:>12,} {octets / 1e6:>8.2f}")
+    if isinstance(recipe, dict) and isinstance(recipe.get("local"), dict):
+        recipe = {"all layers, but for": recipe.get("global"), **recipe["local"]}
+    lines += listed("recipe (dtypes of weights and inputs)", recipe)
+    lines += listed("training", payload.get("training")) + listed("made with", payload.get("versions"))
+    return "\n".join(lines)
 
 
 def build_int8_unet(payload: dict[str, Any], dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
@@ -1335,6 +1397,7 @@ def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> di
         "precision": "int8" if file else around,
         "dtype": around,
         "unet_mb": round(weights / 1e6, 1),
+        "flags": args.flags,
     }
 
 
@@ -1365,6 +1428,9 @@ def keep_freed_memory() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.describe:
+        print(describe(args.quantized_model_name_or_path))
+        return
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     diffusers.utils.logging.disable_progress_bar()
