@@ -540,10 +540,10 @@ AS_FAST = 0.05  # a smaller difference in speed or size is none
 FRACTIONS = {1 / 4: "a quarter", 1 / 3: "a third", 1 / 2: "half"}  # the words for what is within a tenth of them
 HOW_JUDGED = (
     "Speed: median seconds a picture, as they were when the folders were painted. Size: the file with the UNet's "
-    f"weights. Up to {AS_FAST:.0%} of difference counts as none. Distance: mean PSNR, higher is closer. What an eye "
-    "sees: the largest CIEDE2000 colour difference in a pair, averaged over squares a 32nd of the picture wide. Where "
-    f"it is below {NOT_SEEN:g} in every pair, the sentence says that no eye sees it; from {UP_CLOSE:g} on, a pair "
-    "differs visibly; between the two, only up close."
+    f"weights. Up to {100 * AS_FAST:.0f} % of difference counts as none. Distance: mean PSNR, higher is closer. What "
+    "an eye sees: the largest CIEDE2000 colour difference in a pair, averaged over squares a 32nd of the picture wide. "
+    f"Where it is below {NOT_SEEN:g} in every pair, the sentence says that no eye sees it; from {UP_CLOSE:g} on, a "
+    "pair differs visibly; between the two, only up close."
 )
 # By which a folder is known in the plots, and the table's and the pairs' chips: fit for light and dark, and for the
 # colour-blind together with the shapes. The first is the reference's.
