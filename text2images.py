@@ -80,6 +80,7 @@ LFS_POINTER = "a pointer of Git LFS, not the file itself: git lfs pull brings it
 SINGLE_FILES = (".safetensors", ".ckpt")  # whole checkpoints, which are not read
 # A tokenizer gives some of these different ids, unless it has lost its vocabulary.
 TEST_WORDS = ["cat", "house", "sky", "water", "кот", "небо", "家", "空", "水", "集"]
+NOT_OF_THE_PICTURE = {"captions", "captions_file", "images_num", "seed", "batch_size", "output_dir", "debug"}
 MAX_NAME_BYTES = 150  # of the caption in a file name; file systems allow 255 for the whole
 # Separators, what Windows forbids, control characters, and marks that turn the direction of the text around.
 NOT_IN_NAMES = r"[\\/:*?\"<>|\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]+"
@@ -99,6 +100,20 @@ def first_line(error: BaseException) -> str:
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The docstring as it stands, and every flag's default."""
+
+
+def flags_given(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """What was asked for beside captions and seeds: evaluate.py makes of it a command that paints a picture again."""
+    flags = []
+    for name, value in vars(args).items():
+        if name in NOT_OF_THE_PICTURE or value == parser.get_default(name):
+            continue
+        if isinstance(value, list):  # its parts may be PATH:WEIGHT
+            parts = [part if isinstance(part, tuple) else (part,) for part in value]
+            flags += [f"--{name}", *(":".join(map(str, part)) for part in parts)]
+        else:
+            flags.append(f"--{name}" if value is True else f"--{name}={value}")
+    return flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -148,12 +163,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         return args
     if args.pretrained_model_name_or_path is None:
         parser.error("nothing to paint with: give -m, a diffusers folder or hub id of Stable Diffusion")
-    # what results.jsonl keeps, so that evaluate.py can name a command that paints a picture again
-    apart = {"captions", "captions_file", "images_num", "seed", "batch_size", "output_dir", "debug"}
-    changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    args.flags = [
-        f"--{name}" if value is True else f"--{name}={value}" for name, value in changed.items() if name not in apart
-    ]
+    args.flags = flags_given(args, parser)
 
     if args.captions_file is not None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import io
 import json
@@ -177,6 +178,16 @@ def test_command_paints_the_picture_again(tmp_path: Path) -> None:
     assert line is None and "control characters" in reason
     line, reason = evaluate.command({"caption": "a", "seed": 1, "dtype": "fp32"})
     assert line is None and "older" in reason
+
+
+def test_flags_of_several_values_are_kept() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lora", nargs="+", type=lambda text: tuple(text.split(":")))
+    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--seed", type=int, default=42)
+    asked = ["--lora", "a b:0.5", "c:1", "--fast", "--seed", "7"]
+    args = parser.parse_args(asked)
+    assert text2images.flags_given(args, parser) == asked[:4]
 
 
 def test_flags_that_were_given_stand_in_results_jsonl(model_dir: Path, tmp_path: Path) -> None:
