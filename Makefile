@@ -31,7 +31,8 @@ demo: .venv/installed
 	$(BIN)/python text2images.py -m $(MODEL) -qm $(OUT)/sdv1-5-qat_kd/quant_model.pt -c $(CAPTIONS) -n 4 --batch_size 4 \
 		--output_dir $(OUT)/int8
 	$(BIN)/python evaluate.py $(OUT)/fp32 $(OUT)/int8 --output_dir $(OUT)
-	@echo "Look at: $(OUT)/fp32, $(OUT)/int8 and $(OUT)/contact_sheet.png"
+	@echo "How training went: $(OUT)/sdv1-5-qat_kd/training.png"
+	@echo "Every pair, to be flipped through in a browser: $(OUT)/report.html"
 
 test: .venv/installed
 	$(BIN)/ruff check .

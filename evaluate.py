@@ -2,26 +2,36 @@
 """Compare painted folders, picture by picture: how close to the first one, how fast, how large.
 
 Reads the results.jsonl that text2images.py wrote into each folder and pairs the pictures by caption
-and seed. The first folder is the reference. Prints a table and writes report.json and
-contact_sheet.png (reference | candidate | difference; the worst, median and best pair).
+and seed. The first folder is the reference. Prints a table and writes report.html (every pair, worst
+first, to be flipped through in a browser), report.json and contact_sheet.png (reference | candidate |
+difference; the worst, median and best pair).
 
     python evaluate.py images/fp32 images/int8
 
-PSNR and SSIM always; LPIPS, FID and CLIP score where their weights are on this machine, or with
+PSNR, SSIM and CIEDE2000 always; LPIPS, FID and CLIP score where their weights are on this machine, or with
 --download. --min_psnr 35 makes it exit with 1 where a candidate's mean PSNR is lower, for use in CI.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
+import html
+import io
 import json
 import logging
 import math
 import os
+import re
+import shlex
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -29,7 +39,11 @@ import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
+from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import structural_similarity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # imported where the page is made, as --help need not wait for it
 
 MAX_PSNR = 99.0  # dB, for pictures that are equal to the bit: a mean cannot hold infinity
 DIFFERENCE_GAIN = 20  # of the contact sheet: at 50 dB the mean error is one level of 255
@@ -43,13 +57,16 @@ CLIP = "openai/clip-vit-large-patch14"
 METRICS = {  # heading and format, in the order of the table
     "psnr": ("PSNR, dB", "{:.2f}"),
     "ssim": ("SSIM", "{:.4f}"),
+    "ciede2000": ("CIEDE2000", "{:.2f}"),
     "lpips": ("LPIPS", "{:.4f}"),
     "clip_score": ("CLIP score", "{:.2f}"),
     "fid": ("FID", "{:.2f}"),
 }
+LARGE_PAGE = 200  # MB of report.html, from where on a browser takes seconds to open it
 # Must agree, or pictures are not comparable.
 SAME = ("steps", "guidance_scale", "negative_prompt", "scheduler", "clip_skip")
 NEEDED = ("caption", "seed", "file", "status", "precision", "dtype", "unet_mb", "seconds", "peak_memory_gib")
+NUMBERS = ("unet_mb", "seconds", "peak_memory_gib")
 
 
 class UsageError(Exception):
@@ -60,7 +77,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reference", type=Path, help="folder of text2images.py, usually fp32")
     parser.add_argument("candidates", type=Path, nargs="+", help="folders to compare with it")
-    parser.add_argument("--output_dir", type=Path, help="for report.json and contact_sheet.png (default: last folder)")
+    parser.add_argument("--output_dir", type=Path, help="for what this script writes (default: last folder)")
+    text = "report.html shows the pictures where they are, by relative paths, and does not hold them: for hundreds"
+    parser.add_argument("--link", action="store_true", help=text)
     parser.add_argument("--min_psnr", type=float, help="exit with 1 where a candidate's mean PSNR is below so many dB")
     text = (
         "LPIPS' published weights in one .safetensors: conv0 to conv4 (.weight, .bias) of AlexNet, lin0.weight to lin4"
@@ -104,6 +123,10 @@ class Folder:
         return float(np.median([row[fact] for row in self.rows.values()]))
 
 
+def is_positive(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 def read_folder(path: Path) -> Folder:
     """Rows with a picture.
 
@@ -118,7 +141,8 @@ def read_folder(path: Path) -> Folder:
             row = json.loads(line)
             key, file, status = (row["caption"], row["seed"]), row["file"], row["status"]
             missing = [] if file is None or status != "ok" else [name for name in NEEDED if row.get(name) is None]
-            rows.get(key), Path(file or ""), float(row.get("seconds") or 0)  # raise where they are of another kind
+            missing += [name for name in NUMBERS if name in row and not is_positive(row[name])]
+            rows.get(key), Path(file or "")  # raise where they are of another kind
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             missing = [str(error)]
         if missing:
@@ -169,6 +193,17 @@ def psnr(reference: np.ndarray, picture: np.ndarray) -> float:
     return min(MAX_PSNR, -10 * np.log10(mse)) if mse > 0 else MAX_PSNR
 
 
+def color_difference(reference: np.ndarray, picture: np.ndarray) -> float:
+    """The largest CIEDE2000 difference of two sRGB pictures [H, W, 3], uint8, anywhere in them.
+
+    Means over blocks whose edge is a 32nd of the width: what an eye takes in at once, and no single odd pixel. The
+    unit is made so that 1 is about the least difference that people see between two colours side by side.
+    """
+    lab = [rgb2lab(pixels / np.float32(255)) for pixels in (reference, picture)]  # half the time of float64
+    difference = torch.from_numpy(deltaE_ciede2000(*lab))[None, None]  # [1, 1, H, W]
+    return F.avg_pool2d(difference, max(1, picture.shape[1] // 32), ceil_mode=True).max().item()
+
+
 def interval(values: list[float]) -> tuple[float, float, float]:
     """Mean, and its 95 % bootstrap interval over pictures (percentiles of 10,000 resamples, fixed seed)."""
     sample = np.asarray(values)
@@ -178,7 +213,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def measure(folders: list[Folder], keys: list[tuple[str, int]]) -> None:
-    """PSNR and SSIM of every candidate."""
+    """PSNR, SSIM and the largest colour difference of every candidate."""
     for key in keys:
         reference = folders[0].picture(key)
         for candidate in folders[1:]:
@@ -189,6 +224,7 @@ def measure(folders: list[Folder], keys: list[tuple[str, int]]) -> None:
             ssim = float(structural_similarity(reference, picture, channel_axis=2))
             candidate.values.setdefault("psnr", []).append(psnr(reference, picture))
             candidate.values.setdefault("ssim", []).append(ssim)
+            candidate.values.setdefault("ciede2000", []).append(color_difference(reference, picture))
 
 
 # ---------------------------------------------------------------- measuring with networks
@@ -412,12 +448,11 @@ def three(how: str, values: tuple[float, float, float]) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def print_table(summary: dict) -> None:
+def table(summary: dict) -> list[list[str]]:
+    """The headings, and a row a folder."""
     measured = {name: how for name, how in METRICS.items() if any(name in row for row in summary["folders"])}
-    print(f"\n{summary['pairs']} pairs, compared with {summary['reference']}; mean [95 % interval]\n")
-    headings = " | ".join(heading for heading, _ in measured.values())
-    print(f"| folder | UNet, around | {headings} | s / picture | speed | peak GiB | UNet MB |")
-    print("|---" * (6 + len(measured)) + "|")
+    headings = [heading for heading, _ in measured.values()]
+    rows = [["folder", "UNet, around", *headings, "s / picture", "speed", "peak GiB", "UNet MB"]]
     for row in summary["folders"]:
         cells = [row["folder"], f"{row['precision']}, {row['dtype']}"]
         for name, (_, how) in measured.items():
@@ -429,12 +464,35 @@ def print_table(summary: dict) -> None:
             f"{row['peak_memory_gib']:.2f}",
             str(row["unet_mb"]),
         ]
-        print(f"| {' | '.join(cells)} |")
-    if "fid" in measured:
-        print(f"\nFID of {summary['pairs']} pictures: compare it with that of other sets of {summary['pairs']} only")
+        rows.append(cells)
+    return rows
+
+
+def remarks(summary: dict, missing: list[str]) -> list[str]:
+    """What belongs under the table."""
+    lines = []
+    if any("fid" in row for row in summary["folders"]):
+        lines.append(
+            f"FID of {summary['pairs']} pictures: compare it with that of other sets of {summary['pairs']} only"
+        )
     for row in summary["differences"]:
         mean, low, high = row["psnr"]
-        print(f"\nfrom {row['from']} to {row['to']}: {mean:+.2f} dB [{low:+.2f}, {high:+.2f}], paired")
+        lines.append(f"from {row['from']} to {row['to']}: {mean:+.2f} dB [{low:+.2f}, {high:+.2f}], paired")
+    if missing:
+        why = "not measured, as the weights are not on this machine (--download gets them)"
+        lines.append(f"{', '.join(missing)}: {why}")
+    return lines
+
+
+def print_table(summary: dict, missing: list[str]) -> None:
+    headings, *rows = table(summary)
+    print(f"\n{summary['pairs']} pairs, compared with {summary['reference']}; mean [95 % interval]\n")
+    print(f"| {' | '.join(headings)} |")
+    print("|---" * len(headings) + "|")
+    for cells in rows:
+        print(f"| {' | '.join(cells)} |")
+    for line in remarks(summary, missing):
+        print(f"\n{line}")
 
 
 # ---------------------------------------------------------------- the contact sheet
@@ -473,6 +531,289 @@ def contact_sheet(reference: Folder, candidate: Folder, keys: list[tuple[str, in
     return sheet
 
 
+# ---------------------------------------------------------------- the page
+
+TEMPLATE = Path(__file__).with_name("report_template.html")
+LOWER_IS_BETTER = ("lpips", "ciede2000", "fid", "seconds")
+NOT_SEEN, UP_CLOSE = 1.0, 2.0  # CIEDE2000 below which no eye, or only one that looks closely, tells two colours apart
+AS_FAST = 0.05  # a smaller difference in speed or size is none
+FRACTIONS = {1 / 4: "a quarter", 1 / 3: "a third", 1 / 2: "half"}  # the words for what is within a tenth of them
+HOW_JUDGED = (
+    "Speed: median seconds a picture, as they were when the folders were painted. Size: the file with the UNet's "
+    f"weights. Up to {100 * AS_FAST:.0f} % of difference counts as none. Distance: mean PSNR, higher is closer. What "
+    "an eye sees: the largest CIEDE2000 colour difference in a pair, averaged over squares a 32nd of the picture wide. "
+    f"Where it is below {NOT_SEEN:g} in every pair, the sentence says that no eye sees it; from {UP_CLOSE:g} on, a "
+    "pair differs visibly; between the two, only up close."
+)
+# By which a folder is known in the plots, and the table's and the pairs' chips: fit for light and dark, and for the
+# colour-blind together with the shapes. The first is the reference's.
+COLOURS = ("#808894", "#3f7fe8", "#e07b1f", "#1fa37a", "#b45fd0", "#d9534f", "#a08a1c")
+SHAPES = {"o": "\u25cf", "s": "\u25a0", "^": "\u25b2", "D": "\u25c6", "v": "\u25bc", "P": "\u271a", "X": "\u2716"}
+INK = "#0a0b0c"  # stands for the page's text colour in a plot
+
+
+def labels(folders: list[Folder]) -> list[str]:
+    """The folders' short names, no two alike: their precision if that tells them apart."""
+    precisions = [str(next(iter(folder.rows.values()))["precision"]) for folder in folders]
+    for names in (precisions, [folder.path.name for folder in folders], [str(folder.path) for folder in folders]):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{number}. {folder.path}" for number, folder in enumerate(folders, 1)]
+
+
+def times(ratio: float) -> str:
+    """1.06, 1.9, 12: no digit that would flatter."""
+    return f"{ratio:.2f}" if ratio < 1.5 else f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def sentence(reference: str, name: str, speed: float, size: float, values: dict[str, list[float]]) -> str:
+    """What became of a candidate, in one sentence that HOW_JUDGED explains.
+
+    Args:
+        speed: reference's seconds / candidate's.
+        size: candidate's MB / reference's.
+        values: the candidate's psnr (dB) and ciede2000 of each pair.
+    """
+    if abs(speed - 1) <= AS_FAST:
+        fast = f"is as fast as {reference}"
+    elif speed > 1:
+        fast = f"is {times(speed)} times as fast as {reference}"
+    else:
+        fast = f"takes {times(1 / speed)} times as long as {reference}"
+    word = next((word for share, word in FRACTIONS.items() if abs(size / share - 1) <= 0.1), None)
+    percent = f"{100 * size:.0f} %"
+    large = f"{word} of its size ({percent})" if word else f"{percent} of its size"
+    large = "as large" if abs(size - 1) <= AS_FAST else large
+    large = f"is {large}" if fast.startswith("takes") else large
+    worst, count = min(values["psnr"]), len(values["psnr"])
+    visibly = sum(value >= UP_CLOSE for value in values["ciede2000"])
+    up_close = sum(NOT_SEEN <= value < UP_CLOSE for value in values["ciede2000"])
+    pairs = f"{visibly or up_close} of {count} {'pairs' if count > 1 else 'pair'}"
+    seen = "no eye sees that"
+    if visibly:
+        seen = f"{pairs} {'differ' if visibly > 1 else 'differs'} visibly, the worst by {worst:.0f} dB"
+    elif up_close:
+        seen = f"to be seen only up close, in {pairs}"
+    far = f"differs by {np.mean(values['psnr']):.0f} dB: {seen}"
+    if worst == MAX_PSNR:
+        far = "paints the same pictures, to the bit"
+    return f"{name} {fast}, {large}, and {far}."
+
+
+def command(row: dict) -> tuple[str | None, str | None]:
+    """A line for a POSIX shell that paints the picture of this row again, or None and why there is none.
+
+    text2images.py records the flags that it was given, but not what --dtype auto meant on its machine. A caption with
+    control characters gets no line: a terminal may obey them when they are pasted.
+    """
+    flags = row.get("flags")
+    if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
+        return None, "no command, as an older text2images.py painted it, which did not write its flags down"
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(str(row["dtype"]))
+    if dtype and not any(flag.startswith("--dtype") for flag in flags):
+        flags = [*flags, f"--dtype={dtype}"]
+    own = [f"--seed={row['seed']}", f"--captions={row['caption']}", "--output_dir=again"]  # = as it may start with a -
+    line = shlex.join(["python", "text2images.py", *flags, *own])
+    if re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", line):
+        return None, "no command, as its caption has control characters, which a terminal may obey"
+    return line, None
+
+
+def png(folder: Folder, key: tuple[str, int]) -> bytes:
+    """The file as it is, or what another format shows as PNG."""
+    data = (folder.path / folder.rows[key]["file"]).read_bytes()
+    if not data.startswith(b"\x89PNG"):
+        buffer = io.BytesIO()
+        Image.fromarray(folder.picture(key)).save(buffer, "PNG")
+        data = buffer.getvalue()
+    return data
+
+
+def finite(value: float) -> float | None:
+    """JSON has no other numbers."""
+    return float(value) if math.isfinite(value) else None
+
+
+def page_data(folders: list[Folder], keys: list[tuple[str, int]], summary: dict, missing: list[str]) -> dict[str, Any]:
+    """All that report.html shows but its plots and pictures, as JSON has it."""
+    names, rows = labels(folders), summary["folders"]
+    sizes = [row["unet_mb"] / rows[0]["unet_mb"] for row in rows]
+    sentences = [
+        sentence(names[0], name, row["speedup"], size, folder.values)
+        for name, row, size, folder in list(zip(names, rows, sizes, folders))[1:]
+    ]
+    how = {name: how for name, how in METRICS.items() if any(name in folder.values for folder in folders)}
+    how["seconds"] = ("seconds", "{:.2f}")
+    values = [{**folder.values, "seconds": [folder.rows[key]["seconds"] for key in keys]} for folder in folders]
+    settings = {fact: folders[0].rows[keys[0]].get(fact) for fact in (*SAME, "width", "height")}
+    return {
+        "sentences": sentences,
+        "how_judged": HOW_JUDGED,
+        "remarks": remarks(summary, missing),
+        "table": table(summary),
+        "settings": {fact: str(value) for fact, value in settings.items() if value is not None},
+        "folders": [
+            {"name": name, "path": str(folder.path), "colour": colour, "shape": shape}
+            for name, folder, colour, shape in zip(names, folders, cycle(COLOURS), cycle(SHAPES.values()))
+        ],
+        "metrics": [
+            {"name": name, "heading": heading, "digits": int(form[3:-2]), "lower_is_better": name in LOWER_IS_BETTER}
+            for name, (heading, form) in how.items()
+        ],
+        "pairs": [
+            {
+                "caption": key[0],
+                "seed": str(key[1]),  # 64 bits are more than a number holds there
+                "values": {
+                    name: [finite(each[name][index]) if name in each else None for each in values] for name in how
+                },
+                "commands": [command(folder.rows[key])[0] for folder in folders],
+                "no_commands": [command(folder.rows[key])[1] for folder in folders],
+            }
+            for index, key in enumerate(keys)
+        ],
+    }
+
+
+def as_svg(figure: Figure, name: str) -> str:
+    """A plot to put into the page, in its text colour; letters are drawn as paths, so that no font is asked for."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = re.sub(r"(?s)<!--.*?-->|<metadata>.*?</metadata>", "", buffer.getvalue())
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", svg)  # no two plots may have the same ids
+
+
+def plot(width: float, height: float, xlabel: str) -> tuple[Figure, Any]:
+    """An empty figure (inches) and its axes, quiet in looks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(xlabel, color=INK)
+    axes.tick_params(colors=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.grid(axis="x", color=INK, alpha=0.12)
+    return figure, axes
+
+
+def distribution(metric: str, candidates: list[Folder]) -> Figure:
+    """A histogram a folder, one above the other, each pair a tick below it; the median and the worst are marked."""
+    heading, how = METRICS[metric]
+    figure, axes = plot(5.6, max(3.2, 0.8 + 0.9 * len(candidates)), heading)
+    for row, folder in enumerate(candidates):
+        values, colour, base = np.asarray(folder.values[metric]), COLOURS[(row + 1) % len(COLOURS)], -1.3 * row
+        counts, edges = np.histogram(values, bins=min(40, max(8, int(2 * len(values) ** 0.5))))
+        axes.bar(edges[:-1], 0.8 * counts / counts.max(), np.diff(edges), base, align="edge", color=colour, alpha=0.45)
+        axes.plot(values, np.full(len(values), base - 0.08), "|", color=colour, alpha=0.6, markersize=5)
+        median, worst = np.median(values), (max if metric in LOWER_IS_BETTER else min)(values)
+        axes.plot([median] * 2, [base, base + 0.85], color=colour, linewidth=2)
+        axes.plot(worst, base - 0.08, "X", color=colour, markersize=7)
+        for value, text, offset in ((median, "median", (0, 3)), (worst, "worst", (0, -14))):
+            spot = (value, base + 0.85 if text == "median" else base - 0.08)
+            words = f"{text} {how.format(value)}"
+            axes.annotate(words, spot, offset, textcoords="offset points", ha="center", color=INK, fontsize=9)
+    axes.set_ylim(-1.3 * (len(candidates) - 1) - 0.45, 1.15)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.margins(x=0.1)
+    return figure
+
+
+def time_against_distance(folders: list[Folder]) -> Figure:
+    """A point a folder: median seconds a picture, mean PSNR with its interval; the reference has no distance."""
+    figure, axes = plot(5.6, 3.2, "seconds a picture, median")
+    axes.set_ylabel(METRICS["psnr"][0], color=INK)
+    seconds = [folder.median("seconds") for folder in folders]
+    axes.axvline(seconds[0], color=COLOURS[0], linestyle="--")
+    for place, shape, colour in list(zip(range(len(folders)), cycle(SHAPES), cycle(COLOURS)))[1:]:
+        mean, low, high = interval(folders[place].values["psnr"])
+        spread = [[mean - low], [high - mean]]
+        axes.errorbar(seconds[place], mean, spread, fmt=shape, color=colour, markersize=9, capsize=4)
+    axes.set_xlim(0, 1.15 * max(seconds))
+    axes.grid(color=INK, alpha=0.12)
+    return figure
+
+
+def plots(folders: list[Folder]) -> str:
+    """The page's figures, as HTML; what they say stands in words as well, for those who do not see them."""
+    candidates, names = folders[1:], labels(folders)
+    drawn = [("seconds", "Time against distance", "The dashed line is the reference.", time_against_distance(folders))]
+    said = [f"{name}: {folder.median('seconds'):.2f} s" for name, folder in zip(names, folders)]
+    words = ["; ".join(said)]
+    for metric in ("psnr", "lpips"):
+        if metric in candidates[0].values:
+            heading, how = METRICS[metric]
+            note = "Every tick is a pair; folders from top to bottom."
+            drawn.append((metric, f"{heading} of every pair", note, distribution(metric, candidates)))
+            worst = max if metric in LOWER_IS_BETTER else min
+            said = [
+                f"{name}: median {how.format(np.median(folder.values[metric]))}, "
+                f"worst {how.format(worst(folder.values[metric]))}"
+                for name, folder in zip(names[1:], candidates)
+            ]
+            words.append("; ".join(said))
+    return "".join(
+        f'<figure id="plot-{name}"><figcaption><b>{title}</b> {note}</figcaption>'
+        f'<div role="img" aria-label="{html.escape(text)}">{as_svg(figure, name)}</div></figure>'
+        for (name, title, note, figure), text in zip(drawn, words)
+    )
+
+
+def page(
+    folders: list[Folder], keys: list[tuple[str, int]], summary: dict, missing: list[str], link: Path | None
+) -> Iterator[str]:
+    """report.html, piece by piece, as its pictures may be larger than memory.
+
+    Nothing that comes from a folder is HTML here: it goes into JSON, and the page's own program, the only one that its
+    policy lets run, makes text of it. With `link`, the folder that the page will lie in, the pictures stay outside.
+    """
+    try:
+        template = TEMPLATE.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{TEMPLATE}: {error.strerror}; it belongs beside {Path(__file__).name}") from error
+    program = re.search(r'(?s)<script id="program">(.*?)</script>', template)[1]
+    digest = base64.b64encode(hashlib.sha256(program.encode()).digest()).decode()
+    data = page_data(folders, keys, summary, missing)
+    if link is not None:
+        for pair, key in zip(data["pairs"], keys):
+            files = [Path(os.path.relpath(folder.path / folder.rows[key]["file"], link)) for folder in folders]
+            pair["pictures"] = [quote(os.fsencode(file.as_posix())) for file in files]
+    text = json.dumps(data, allow_nan=False)  # ASCII, so no line separators either
+    fill = {
+        "IMAGES": "blob:" if link is None else "'self' file:",
+        "HASH": digest,
+        "PLOTS": plots(folders),
+        "DATA": text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026"),
+    }
+    for index, part in enumerate(re.split("@@([A-Z]+)@@", template)):
+        if index % 2 == 0:
+            yield part
+        elif part != "PICTURES":
+            yield fill[part]
+        elif link is None:
+            for number, key in enumerate(keys):
+                for place, folder in enumerate(folders):
+                    data = base64.b64encode(png(folder, key)).decode()
+                    yield f'<script type="text/plain" id="picture-{number}-{place}">{data}</script>\n'
+
+
+def write(path: Path, fill: Callable[[io.BufferedWriter], object]) -> None:
+    """Under a temporary name first, so that what stands there is whole or not there."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            fill(file)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folders = [read_folder(path) for path in (args.reference, *args.candidates)]
@@ -480,22 +821,21 @@ def main(argv: list[str] | None = None) -> None:
     measure(folders, keys)
     missing = measure_with_networks(folders, keys, args)
     summary = report(folders, keys)
-    print_table(summary)
-    if missing:
-        print(f"\n{', '.join(missing)}: not measured, as the weights are not on this machine (--download gets them)")
+    print_table(summary, missing)
     output_dir = args.output_dir or args.candidates[-1]
     sheet = contact_sheet(folders[0], folders[-1], keys)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        partial = output_dir / "report.json.partial"
-        partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, output_dir / "report.json")
-        partial = output_dir / "contact_sheet.png.partial"
-        sheet.save(partial, format="PNG")
-        os.replace(partial, output_dir / "contact_sheet.png")
+        text = json.dumps(summary, indent=1) + "\n"
+        write(output_dir / "report.json", lambda file: file.write(text.encode()))
+        write(output_dir / "contact_sheet.png", lambda file: sheet.save(file, format="PNG"))
+        parts = page(folders, keys, summary, missing, output_dir if args.link else None)
+        write(output_dir / "report.html", lambda file: file.writelines(part.encode() for part in parts))
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir} cannot be written to: {error.strerror}") from error
     print(f"\n{output_dir / 'report.json'}, {output_dir / 'contact_sheet.png'}")
+    size = (output_dir / "report.html").stat().st_size / 1e6
+    print(f"{output_dir / 'report.html'}: {size:.1f} MB{', with --link much less' if size > LARGE_PAGE else ''}")
     if args.min_psnr is not None and min(np.mean(folder.values["psnr"]) for folder in folders[1:]) < args.min_psnr:
         print(f"below --min_psnr {args.min_psnr}", file=sys.stderr)
         sys.exit(1)

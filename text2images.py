@@ -96,6 +96,8 @@ SINGLE_FILES = (".safetensors", ".ckpt")  # whole checkpoints; the latter are pi
 SINGLE_FILE_KINDS = ("v1", "v2", "xl_base")  # as diffusers calls them
 # A tokenizer gives some of these different ids, unless it has lost its vocabulary.
 TEST_WORDS = ["cat", "house", "sky", "water", "кот", "небо", "家", "空", "水", "集"]
+NOT_OF_THE_PICTURE = ("captions", "captions_file", "images_num", "seed", "batch_size", "output_dir", "debug")
+NOT_OF_THE_PICTURE += ("save_openvino",)
 MAX_NAME_BYTES = 150  # of the caption in a file name; file systems allow 255 for the whole
 # Separators, what Windows forbids, control characters, and marks that turn the direction of the text around.
 NOT_IN_NAMES = r"[\\/:*?\"<>|\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]+"
@@ -133,14 +135,29 @@ def lora_argument(text: str) -> tuple[Path, float]:
     return file, strength
 
 
+def flags_given(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """What was asked for beside captions and seeds: evaluate.py makes of it a command that paints a picture again."""
+    flags = []
+    for name, value in vars(args).items():
+        if name in NOT_OF_THE_PICTURE or value == parser.get_default(name):
+            continue
+        if isinstance(value, list):  # its parts may be PATH:WEIGHT
+            parts = [part if isinstance(part, tuple) else (part,) for part in value]
+            flags += [f"--{name}", *(":".join(map(str, part)) for part in parts)]
+        else:
+            flags.append(f"--{name}" if value is True else f"--{name}={value}")
+    return flags
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
-    text = "Stable Diffusion 1.x, 2.x or XL: a diffusers folder, a hub id, or one FILE.safetensors"
-    add("-m", "--pretrained_model_name_or_path", required=True, help=text)
+    text = "Stable Diffusion 1.x, 2.x or XL: a diffusers folder, a hub id, or one FILE.safetensors; needed to paint"
+    add("-m", "--pretrained_model_name_or_path", help=text)
     text = "folder or hub id that a single file's settings and tokenizers come from; by default what its keys tell"
     add("--config", metavar="FOLDER", help=text)
     add("-qm", "--quantized_model_name_or_path", type=Path, help="quant_model.pt, or the folder it is in")
+    add("--describe", action="store_true", help="print what is in the file of -qm and end; needs no -m and no captions")
     text = "LoRAs (.safetensors of diffusers or kohya) that are fused into the model first, by this weight, else 1"
     add("--lora", nargs="+", type=lora_argument, metavar="PATH[:WEIGHT]", help=text)
     add("--variant", help="file variant of the checkpoint's weights, as in fp16")
@@ -178,6 +195,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, default=Path("images"), help="gets the pictures and results.jsonl")
     add("--debug", action="store_true", help="show the traceback with an error")
     args = parser.parse_args(argv)
+
+    if args.describe:
+        if args.quantized_model_name_or_path is None:
+            parser.error("--describe needs -qm FILE: the quant_model.pt to describe")
+        return args
+    if args.pretrained_model_name_or_path is None:
+        parser.error("nothing to paint with: give -m, a diffusers folder or hub id of Stable Diffusion")
+    args.flags = flags_given(args, parser)
 
     if args.captions_file is not None:
         try:
@@ -402,6 +427,57 @@ def checksum(state_dict: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def describe(path: Path) -> str:
+    """The facts of a quant_model.pt as text: layers by kind and dtype, sizes, recipe, versions, training, checksum.
+
+    Raises:
+        UsageError: as read_quant_model, which has checked every tensor; all other values may be anything.
+    """
+    path, payload = quant_model_file(path), read_quant_model(path)
+    tensors = payload["state_dict"]
+    layers: dict[tuple[str, str], list[int]] = {}  # (kind, dtype) -> layers, parameters, bytes
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        weight = tensors.get(f"{layer}.weight", tensor)
+        dtype = str(weight.dtype).removeprefix("torch.")
+        if dtype == "int8":
+            dtype = "int8" if f"{layer}.input_scale" in tensors else "int8 weights"
+        row = layers.setdefault(({4: "Conv2d", 2: "Linear", 1: "norm"}.get(weight.dim(), "other"), dtype), [0, 0, 0])
+        row[0] += part == "weight"
+        row[1] += tensor.numel() if part in ("weight", "bias") else 0
+        row[2] += tensor.nbytes  # with the scales, factors and zero points that belong to it
+
+    def said(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{said(key)} {said(part)}" for key, part in value.items() if not isinstance(part, dict))
+        return shown(value).strip("'\"").replace("\\\\", "\\")
+
+    def listed(heading: str, facts: Any) -> list[str]:
+        facts = facts if isinstance(facts, dict) else {"": facts}
+        return ["", heading, *(f"  {said(key):<24} {said(value)}" for key, value in facts.items())]
+
+    fp32 = max(4, 4 * sum(parameters for _, parameters, _ in layers.values()))  # bytes
+    size, recipe = path.stat().st_size, payload.get("quantization")
+    loras = payload.get("loras") if isinstance(payload.get("loras"), list) else []
+    lines = [
+        f"{path}: {size / 1e6:.1f} MB, {size / fp32:.3f} of the same UNet in fp32 ({fp32 / 1e6:.1f} MB)",
+        f"format {payload['format']}, version {payload['format_version']}",
+        f"a UNet of {said(payload.get('pipeline', 'StableDiffusionPipeline'))}",
+        f"trained from {said(payload.get('base_model'))}",
+        *(f"with a LoRA: {said(lora)}" for lora in loras),
+        f"SHA-256 of its tensors, as it should be: {payload['checksum']}",
+        "",
+        f"{'layers':<8} {'dtype':<14} {'count':>6} {'parameters':>12} {'MB':>8}",
+    ]
+    for (kind, dtype), (count, parameters, octets) in sorted(layers.items()):
+        lines.append(f"{kind:<8} {dtype:<14} {count:>6} {parameters:>12,} {octets / 1e6:>8.2f}")
+    if isinstance(recipe, dict) and isinstance(recipe.get("local"), dict):
+        recipe = {"all layers, but for": recipe.get("global"), **recipe["local"]}
+    lines += listed("recipe (dtypes of weights and inputs)", recipe)
+    lines += listed("training", payload.get("training")) + listed("made with", payload.get("versions"))
+    return "\n".join(lines)
 
 
 def build_int8_unet(
@@ -1707,6 +1783,7 @@ def run_facts(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> di
         "precision": "int8" if file else around,
         "dtype": around,
         "unet_mb": round(weights / 1e6, 1),
+        "flags": args.flags,
     }
 
 
@@ -1726,6 +1803,9 @@ def say_what_is_cut(pipeline: StableDiffusionPipeline, args: argparse.Namespace)
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.describe:
+        print(describe(args.quantized_model_name_or_path))
+        return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

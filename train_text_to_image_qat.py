@@ -4,7 +4,7 @@
 Reads a Stable Diffusion 1.x, 2.x or XL checkpoint (a diffusers folder, a hub id or one .safetensors
 file) and a picture folder with the metadata.jsonl that create_metadata.py wrote. Writes
 OUTPUT_DIR/quant_model.pt: the UNet with int8 weights and activation ranges, about a quarter of its
-fp32 size.
+fp32 size; and training.png, which shows how it went.
 
     accelerate launch train_text_to_image_qat.py \\
         --pretrained_model_name_or_path demo/tiny-stable-diffusion --train_data_dir demo/scenes \\
@@ -234,7 +234,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", type=Path, default=Path("sd-qat-kd"), help="for quant_model.pt, checkpoints, logs, validation")
+    add(
+        "--output_dir",
+        type=Path,
+        default=Path("sd-qat-kd"),
+        help="for quant_model.pt, training.png, checkpoints, logs, ...",
+    )
     add("--checkpointing_steps", type=int, default=100, help="optimizer steps between checkpoints")
     add("--checkpoints_total_limit", type=int, default=2, help="the oldest above this number are deleted")
     text = "go on from a checkpoint, to the same bits as without the break"
@@ -2377,6 +2382,186 @@ def cache_latents(
     return cache
 
 
+# ---------------------------------------------------------------- training.png
+
+CURVE_POINTS = 1000  # of a curve, at least, once there were as many steps; twice as many are never kept
+SHOWN_PROMPTS, SHOWN_STEPS = 3, 3  # of the validation pictures in training.png
+RATES = ("biases", "scales", "channel factors")  # the optimizer's last groups
+
+
+@dataclass
+class Curve:
+    """What training.png shows. A checkpoint holds it as curve.json, so that a resumed run goes on with the same curve.
+
+    A point is the mean of `stride` steps: 1 at first, twice as many whenever the points become too many, so that a
+    long run's file and drawing take no longer than a short one's.
+    """
+
+    scales: list[nn.Parameter] = field(default_factory=list)  # log_scale of each activation
+    start: list[float] = field(default_factory=list)  # their values after calibration
+    stride: int = 1
+    points: list[dict[str, float]] = field(default_factory=list)  # "step" is the last of a point, "steps" how many
+    validated: list[int] = field(default_factory=list)  # steps
+    saved: list[int] = field(default_factory=list)  # steps
+
+    KEPT = ("start", "stride", "points", "validated", "saved")
+
+    @classmethod
+    def of(cls, student: nn.Module, checkpoint: Path | None) -> Curve:
+        """The curve up to the checkpoint, a new one where there is none."""
+        curve = cls([quantizer.log_scale for quantizer in input_quantizers(student)])
+        curve.start = [scale.item() for scale in curve.scales]
+        if checkpoint is not None:
+            try:
+                state = json.loads((checkpoint / "curve.json").read_text(encoding="utf-8"))
+                vars(curve).update({name: state[name] for name in cls.KEPT})
+            except (OSError, ValueError, TypeError, KeyError) as error:  # the picture's loss, not the run's
+                logger.warning(f"{checkpoint}/curve.json: {first_line(error)}; training.png begins anew")
+        return curve
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({name: getattr(self, name) for name in self.KEPT}), encoding="utf-8")
+
+    @torch.no_grad()
+    def note(self, step: int, losses: dict[str, float], rates: dict[str, float]) -> None:
+        """Add a step; nothing of the training is touched."""
+        values = {f"loss {name}": value for name, value in losses.items()}
+        values |= {f"rate {name}": value for name, value in rates.items()}
+        if self.scales:
+            change = torch.stack(self.scales).cpu().double() - torch.tensor(self.start, dtype=torch.float64)
+            change = change.exp().sub(1).mul(100)  # percent
+            values |= {"scales least": change.min().item(), "scales greatest": change.max().item()}
+            values["scales median"] = change.median().item()
+        point = {"step": step, "steps": 1, **values}
+        if self.points and self.points[-1]["steps"] < self.stride:
+            point = self.mean(self.points.pop(), point)
+        self.points.append(point)
+        if len(self.points) == 2 * CURVE_POINTS:
+            self.points = [self.mean(*pair) for pair in zip(self.points[::2], self.points[1::2])]
+            self.stride *= 2
+
+    @staticmethod
+    def mean(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
+        steps = first["steps"] + second["steps"]
+        shares = first["steps"] / steps, second["steps"] / steps
+        means = {name: shares[0] * first[name] + shares[1] * value for name, value in second.items()}
+        return {**means, "step": second["step"], "steps": steps}
+
+
+def draw_training(curve: Curve, args: argparse.Namespace) -> None:
+    """Write OUTPUT_DIR/training.png; whatever may be wrong with a picture costs a warning, not the run."""
+    path = args.output_dir / "training.png"
+    partial = path.with_name(path.name + ".partial")
+    try:
+        training_figure(curve, args).savefig(partial, format="png", dpi=100)
+        os.replace(partial, path)
+    except ImportError:
+        logger.warning(f"{path} is not drawn, as matplotlib is not installed: pip install matplotlib")
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        logger.warning(f"{path} was not written: {getattr(error, 'strerror', None) or reason_of(error)}")
+
+
+def training_figure(curve: Curve, args: argparse.Namespace) -> Any:
+    """Losses, rates and the scales' drift, with the checkpoints and validations marked; validation pictures below."""
+    from matplotlib.figure import Figure  # only here: it takes half a second, and only one process draws
+
+    losses = [name for name in curve.points[-1] if name.startswith("loss ")]
+    if all(point.get("loss kd_loss") == point["loss loss"] for point in curve.points):
+        losses.remove("loss loss")  # the sum of one
+    pictures = validation_pictures(curve, args)
+    rows = math.ceil((len(losses) + 2) / 2)
+    heights = [2.7] * rows + [2.1] * len(pictures)  # inches
+    figure = Figure(figsize=(11, sum(heights)))
+    # placed by hand: matplotlib's own layouts draw everything twice, which would be half of the time
+    grid = figure.add_gridspec(len(heights), 6, height_ratios=heights, wspace=0.6, hspace=0.55)
+    figure.subplots_adjust(0.06, (0.15 if pictures else 0.55) / sum(heights), 0.98, 1 - 0.35 / sum(heights))
+    cells = [grid[row, start : start + 3] for row in range(rows) for start in (0, 3)]
+    panels = [figure.add_subplot(cell) for cell in cells[: len(losses) + 2]]
+    for axes, name in zip(panels, losses):
+        draw_loss(axes, name.removeprefix("loss "), curve, [point[name] for point in curve.points])
+    draw_rates(panels[-2], curve)
+    draw_drift(panels[-1], curve)
+    for axes in panels:
+        draw_marks(axes, curve)
+    for row, shown in enumerate(pictures, rows):
+        width = 6 // len(shown)
+        for column, (title, picture) in enumerate(shown):
+            axes = figure.add_subplot(grid[row, column * width : (column + 1) * width])
+            axes.imshow(picture)
+            axes.set_title(title, fontsize=8, parse_math=False)
+            axes.set_axis_off()
+    return figure
+
+
+def draw_loss(axes: Any, name: str, curve: Curve, values: list[float]) -> None:
+    """Every point faintly, and their mean over a twentieth of the run."""
+    steps = [point["step"] for point in curve.points]
+    window = max(1, len(values) // 20)
+    sums = np.cumsum(np.nan_to_num([0.0, *values]))
+    known = np.cumsum([0, *np.isfinite(values)])
+    ends = np.arange(1, len(values) + 1)
+    begins = np.maximum(0, ends - window)
+    means = (sums[ends] - sums[begins]) / np.maximum(1, known[ends] - known[begins])
+    axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1, marker="." if len(steps) == 1 else None)
+    axes.plot(steps, means, color="tab:blue")
+    logarithm = ": logarithm of the mean squared error to the teacher" if name in ("kd_loss", "feature_kd_loss") else ""
+    axes.set_title(f"{name}{logarithm}", fontsize=10)
+
+
+def draw_rates(axes: Any, curve: Curve) -> None:
+    for name in [name for name in curve.points[-1] if name.startswith("rate ")]:
+        values = [point[name] or math.nan for point in curve.points]  # 0 has no logarithm
+        label = name.removeprefix("rate ")
+        axes.plot([point["step"] for point in curve.points], values, label=label)
+    axes.set_yscale("log")
+    axes.set_title("learning rates", fontsize=10)
+    axes.legend(fontsize=8)
+
+
+def draw_drift(axes: Any, curve: Curve) -> None:
+    axes.set_title("activation scales, change since calibration, %", fontsize=10)
+    if "scales median" in curve.points[-1]:
+        steps = [point["step"] for point in curve.points]
+        least, median, greatest = (
+            [point[f"scales {name}"] for point in curve.points] for name in ("least", "median", "greatest")
+        )
+        axes.fill_between(steps, least, greatest, alpha=0.25, label="least to greatest")
+        axes.plot(steps, median, label="median")
+        axes.legend(fontsize=8)
+
+
+def draw_marks(axes: Any, curve: Curve) -> None:
+    """Where checkpoints and validation pictures were."""
+    for step in curve.validated:
+        axes.axvline(step, color="tab:green", alpha=0.4, linewidth=1, linestyle=":")
+    floor = np.zeros(len(curve.saved))
+    axes.plot(curve.saved, floor, "^", color="0.3", markersize=5, transform=axes.get_xaxis_transform(), clip_on=False)
+    axes.set_xlim(0, curve.points[-1]["step"] + 1)
+    axes.set_xlabel("step (triangles: checkpoints; dotted: validation)", fontsize=8)
+    axes.grid(alpha=0.2)
+
+
+def validation_pictures(curve: Curve, args: argparse.Namespace) -> list[list[tuple[str, Image.Image]]]:
+    """For each of the first prompts, the first, the middle and the latest picture, with titles."""
+    places = np.unique(np.linspace(0, len(curve.validated) - 1, SHOWN_STEPS).round().astype(int))
+    steps = [curve.validated[place] for place in places] if curve.validated else []
+    rows = []
+    for index, prompt in enumerate((args.validation_prompts or [])[:SHOWN_PROMPTS]):
+        row = []
+        for step in steps:
+            try:
+                with Image.open(validation_path(args, step, index)) as picture:
+                    shown = picture.convert("RGB")
+            except OSError:  # gone since, or of another folder than the checkpoint's
+                continue
+            shown.thumbnail((512, 512))
+            caption = prompt.encode("latin-1", "replace").decode("latin-1")  # what the font has
+            row.append((f"step {step}: teacher | student\n{caption[:60] if not row else ''}", shown))
+        rows += [row] if row else []
+    return rows
+
+
 # ---------------------------------------------------------------- the training loop
 
 
@@ -2390,6 +2575,7 @@ class Trainer:
     ema: EMAModel | None = None
     step: int = 0
     losses: dict[str, float] = field(default_factory=dict)  # of the latest step
+    curve: Curve = field(default_factory=Curve)
 
     def parts(self) -> dict[str, Any]:
         names = ("student", "optimizer", "lr_scheduler", "ema")
@@ -2641,10 +2827,18 @@ def after_step(
     lr = peak_learning_rate(args, accelerator) * trainer.lr_scheduler.lr_lambdas[0](trainer.step)
     accelerator.log({**trainer.losses, "lr": lr}, step=trainer.step)
     if accelerator.is_main_process:
+        others = trainer.lr_scheduler.get_last_lr()[-len(RATES) if args.quantizer_learning_rate > 0 else -1 :]
+        rates = {"weights, relative to their size": lr, **dict(zip(RATES, others))}
+        trainer.curve.note(trainer.step, trainer.losses, rates)
         if args.validation_prompts and (last or trainer.step % args.validation_steps == 0):
             validate(trainer, teacher, pipeline, accelerator, args)
-        if told or trainer.step % args.checkpointing_steps == 0:
+            trainer.curve.validated.append(trainer.step)
+        saved = told or trainer.step % args.checkpointing_steps == 0
+        if saved:
+            trainer.curve.saved.append(trainer.step)
             save_checkpoint(trainer, args)
+        if saved or last:
+            draw_training(trainer.curve, args)
     accelerator.wait_for_everyone()
     if told and not last:
         name = signal.Signals(told).name
@@ -2672,6 +2866,7 @@ def save_checkpoint(trainer: Trainer, args: argparse.Namespace) -> None:
     try:
         partial.mkdir()
         trainer.save(partial / "state.pt")
+        trainer.curve.save(partial / "curve.json")
         (partial / "settings.json").write_text(json.dumps(resume_settings(args), indent=1), encoding="utf-8")
         for file in partial.iterdir():
             with open(file, "rb") as written:
@@ -2757,6 +2952,10 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     return folder
 
 
+def validation_path(args: argparse.Namespace, step: int, prompt: int) -> Path:
+    return args.output_dir / "validation" / f"step-{step:06d}-prompt-{prompt}.png"
+
+
 @torch.no_grad()
 def validate(
     trainer: Trainer,
@@ -2766,8 +2965,7 @@ def validate(
     args: argparse.Namespace,
 ) -> None:
     """Paint every validation prompt with teacher and student, from the same noise, side by side in one picture."""
-    folder = args.output_dir / "validation"
-    folder.mkdir(exist_ok=True)
+    (args.output_dir / "validation").mkdir(exist_ok=True)
     with trainer.exported_weights() as student:
         pictures = []
         for unet in (teacher, student.eval()):
@@ -2781,7 +2979,7 @@ def validate(
         student.train()
     for index, pair in enumerate(zip(*pictures)):
         side_by_side = Image.fromarray((np.concatenate(pair, axis=1) * 255).round().astype(np.uint8))
-        path = folder / f"step-{trainer.step:06d}-prompt-{index}.png"
+        path = validation_path(args, trainer.step, index)
         side_by_side.save(f"{path}.partial", format="PNG")
         os.replace(f"{path}.partial", path)
         for tracker in accelerator.trackers:
@@ -2906,6 +3104,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer = make_trainer(student, steps, accelerator, args)  # optimizer, schedule, EMA
         if checkpoint is not None:
             trainer.load(checkpoint / "state.pt")
+        trainer.curve = Curve.of(student, checkpoint)
         accelerator.init_trackers("text-to-image-qat")
         distill(trainer, teacher, pipeline, dataset, steps, accelerator, args)  # the training loop
     if accelerator.is_main_process:

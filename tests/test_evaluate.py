@@ -297,6 +297,12 @@ def test_clip_model_that_is_not_there_is_named(tmp_path: Path) -> None:
         ('{"caption": ["x"], "seed": 1, "file": "1.png", "status": "ok"}', "line 3 is damaged or of another program"),
         ('{"caption": "x", "seed": 1}', r"line 3 is damaged or of another program \('file'\)"),
         ('{"caption": "x", "seed": 1, "file": "1.png", "status": "ok"}', r"of another program \(precision\)"),
+        (json.dumps({"caption": "x", "seed": 1, "file": "1.png", **FACTS, "seconds": 0}), r"program \(seconds\)"),
+        (json.dumps({"caption": "x", "seed": 1, "file": "1.png", "seconds": 2, **FACTS, "unet_mb": "7"}), "(unet_mb)"),
+        (
+            json.dumps({"caption": "x", "seed": 1, "file": "1.png", "seconds": math.inf, **FACTS}),
+            r"program \(seconds\)",
+        ),
     ],
 )
 def test_a_damaged_row_is_named(tmp_path: Path, line: str, message: str) -> None:
