@@ -283,6 +283,7 @@ def test_the_model_that_has_left_the_hub_is_replaced_by_its_copy(script, tmp_pat
     caplog.set_level("INFO")
     parts = SimpleNamespace(pretrained_model_name_or_path="runwayml/stable-diffusion-v1-5", dtype="float32")
     parts.quantized_model_name_or_path = parts.disable_safety_checker = parts.revision = parts.cache_dir = None
+    parts.config = parts.lora = None
     with pytest.raises(script.UsageError, match="NoMore"):
         script.load_pipeline(parts) if script is text2images else script.load_pipeline(parts, None)
     assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"] and "has left the hub" in caplog.text

@@ -463,6 +463,6 @@ def test_arguments_that_cannot_work_are_refused(flags: list[str], message: str, 
 
 
 def test_other_kinds_of_model_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(UsageError, match="StableDiffusionXLPipeline"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    with pytest.raises(UsageError, match="StableDiffusion3Pipeline"):
         text2images.main(["-m", str(tmp_path), "-c", "a", "--output_dir", str(tmp_path / "out")])
