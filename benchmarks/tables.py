@@ -128,7 +128,7 @@ def computes_in_bf16(result: Row) -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & set(result.get("machine", {}).get("flags", [])))
 
 
-@table("headline", "unet_step.json", "fidelity.json", scripts=(TRAIN, GENERATE, "benchmarks/unet_step.py"))
+@table("headline", "unet_step.json", "fidelity_guidance_7.5.json", scripts=(TRAIN, GENERATE, "benchmarks/unet_step.py"))
 def headline(speed: Row, fidelity: Row) -> Content:
     """A row joins speed and fidelity of the same setting only."""
     steps, folders = step_rows(speed), by_name(fidelity.get("folders", []), "folder")
@@ -376,7 +376,7 @@ GAINS = [
 ]
 
 
-@table("gains", "fidelity.json", scripts=(TRAIN, GENERATE, "benchmarks/fidelity.py"))
+@table("gains", "fidelity_guidance_7.5.json", scripts=(TRAIN, GENERATE, "benchmarks/fidelity.py"))
 def paired_gains(result: Row) -> Content:
     return gains(result, GAINS)
 
