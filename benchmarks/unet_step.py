@@ -3,8 +3,7 @@
 
 Makes a random-weight SD v1.5 UNet (or takes --model FOLDER), quantizes it with the default recipe of
 train_text_to_image_qat.py and runs every variant in turn in one process; then each alone in a process of its
-own, for its peak memory. Models are kept in --work_dir. Rows of other shapes that are in --output stay, as do
-the profiles where no new ones are made.
+own, for its peak memory. Models are kept in --work_dir. Rows of other shapes that are in --output stay.
 "seconds" is the median, "spread" (max - min) / median, "ratio_to_fp32" the median over that of fp32. Where others
 use the machine, "cpu_seconds" and "cpu_ratio_to_fp32" with OMP_NUM_THREADS=1 tell more.
 
@@ -354,9 +353,8 @@ def main() -> None:
     print_tables(rows, profiles)
     if args.output is None:
         return
-    earlier = json.loads(args.output.read_text()) if args.output.is_file() else {}
     kept = kept_rows(args.output, {"batch": args.shape[0], "latents": args.shape[1]})
-    write_json({"rows": kept + rows, "profiles": profiles or earlier.get("profiles", {})}, args.output)
+    write_json({"rows": kept + rows, "profiles": profiles}, args.output)
 
 
 if __name__ == "__main__":
