@@ -70,7 +70,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     speed += [step("int8 --dtype float32", 1.5), step("int8", 99.0, batch=8)]
     write(tmp_path, "unet_step.json", rows=speed)
     close = [folder("fp32", None), folder("bf16", 52.0, 1e-4), folder("int8-qat", 55.0), folder("int8-qat-bf16", 51.0)]
-    write(tmp_path, "fidelity.json", folders=close)
+    write(tmp_path, "fidelity_guidance_7.5.json", folders=close)
     (tmp_path / "README.md").write_text("# Title\n\n<!-- table: headline -->\n<!-- end table -->\n\nThe end.\n")
     return tmp_path
 
@@ -125,7 +125,7 @@ def test_check_finds_a_changed_cell_a_changed_file_and_nothing_else(
     ]
     assert "0.90 (0.23)" in (repository / "README.md").read_text()  # nothing is changed by --check
     assert readme(repository) == text
-    write(repository, "fidelity.json", folders=[folder("bf16", 50.0)])
+    write(repository, "fidelity_guidance_7.5.json", folders=[folder("bf16", 50.0)])
     assert tables.main(["--check"]) == 1
 
 
@@ -133,15 +133,15 @@ def test_missing_files_leave_out_rows_and_are_named(repository: Path) -> None:
     (repository / tables.RESULTS / "unet_step.json").unlink()
     text = readme(repository)
     assert "s/step" in text.partition("Not measured yet: ")[2] and "s/step" not in text.partition("<sub>")[0]
-    (repository / tables.RESULTS / "fidelity.json").unlink()
+    (repository / tables.RESULTS / "fidelity_guidance_7.5.json").unlink()
     assert "Not measured yet: this table." in readme(repository) and "| UNet" not in readme(repository)
 
 
 def test_results_without_provenance_say_so_and_another_engines_are_not_taken(repository: Path) -> None:
     write(repository, "unet_step.json", None, rows=[step("int8", 7.0)])
-    write(repository, "fidelity.json", None, folders=[folder("bf16", 50.0)])
+    write(repository, "fidelity_guidance_7.5.json", None, folders=[folder("bf16", 50.0)])
     text = readme(repository)
-    assert "7.00" not in text and "fidelity.json): measured before provenance was recorded." in text
+    assert "7.00" not in text and "fidelity_guidance_7.5.json): measured before provenance was recorded." in text
 
 
 def test_rows_of_another_run_name_theirs(repository: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_newer_commit_is_counted_but_is_no_difference(repository: Path, capsys
     assert tables.main(["--check"]) == 0
     shown = capsys.readouterr().out
     assert f"unet_step.json of {first}, 1 commit to " in shown  # the unrelated one does not count
-    assert "fidelity.json of 0123456789, an unknown number of commits to " in shown
+    assert "fidelity_guidance_7.5.json of 0123456789, an unknown number of commits to " in shown
 
 
 @pytest.mark.parametrize("text", ["<!-- table: headline -->\n", "<!-- table: nothing -->\n<!-- end table -->\n"])
