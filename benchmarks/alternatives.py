@@ -212,6 +212,8 @@ class NncfUNet(painter.OpenVINOUNet):
         self.more_inputs = list(painter.inputs_of_unet(self.config))[3:]
         self.register_buffer("none", torch.empty(0))
         self.model, self.settings, self.shapes, self.seconds_compiling = model, settings, [], 0.0
+        constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+        self.megabytes = sum(node.data.nbytes for node in constants) / 1e6
 
     def compile_for(self, shapes: list[list[int]]) -> None:
         model = self.model.clone()
@@ -241,7 +243,11 @@ def unet_inputs_of_paintings(pipeline: painter.StableDiffusionPipeline, args: ar
 
 def nncf() -> None:
     """OpenVINO's own int8: nncf's post-training quantization with its defaults for transformers."""
-    load_pipeline = painter.load_pipeline
+    load_pipeline, run_facts = painter.load_pipeline, painter.run_facts
+
+    def facts(pipeline: painter.StableDiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
+        size = {"unet_mb": round(pipeline.unet.megabytes, 1)}
+        return run_facts(pipeline, args) | {"precision": "int8", **size}
 
     def load(args: argparse.Namespace) -> painter.StableDiffusionPipeline:
         from nncf import Dataset, ModelType, quantize
@@ -254,7 +260,7 @@ def nncf() -> None:
         pipeline.unet = NncfUNet(model, dict(exact.unet.config), painter.openvino_settings(args))
         return pipeline
 
-    painter.load_pipeline = load
+    painter.load_pipeline, painter.run_facts = load, facts
 
 
 ALTERNATIVES: dict[str, Callable[[], None]] = {
