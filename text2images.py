@@ -14,6 +14,7 @@ Next: leave out -qm, paint the same captions in fp32, and look at both.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
@@ -607,23 +608,18 @@ def trace(
     return model
 
 
-def inputs_of_unet(config: Any) -> dict[str, tuple[torch.Tensor, list[int]]]:
-    """By name, an example of each input of the graph, and its sizes, -1 where any will do."""
-    channels, width = config.in_channels, config.encoder_hid_dim or config.cross_attention_dim
+def input_sizes(config: Any) -> dict[str, list[int]]:
+    """Sizes of the graph's inputs by name, -1 where any will do; from the fourth on, what not all UNets have."""
+    width = config.encoder_hid_dim or config.cross_attention_dim
     width = width if isinstance(width, int) else max(width)
-    edges = 17, 19  # odd, as only then diffusers upsamples to the sizes it finds: so the graph fits all
-    sizes = {"sample": [-1, channels, -1, -1], "timestep": [1], "encoder_hidden_states": [-1, -1, width]}
-    examples = {"sample": torch.randn(2, channels, *edges), "timestep": torch.tensor([500.0])}
-    examples["encoder_hidden_states"] = torch.randn(2, 77, width)
-    more = {}
+    sizes = {"sample": [-1, config.in_channels, -1, -1], "timestep": [1], "encoder_hidden_states": [-1, -1, width]}
     if config.time_cond_proj_dim is not None:  # the guidance scale's embedding
-        more["timestep_cond"] = config.time_cond_proj_dim
-    if config.addition_embed_type == "text_time":  # SDXL's pooled text encoding; sizes and crop
-        more["time_ids"] = 6
-        more["text_embeds"] = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    for name, size in more.items():
-        examples[name], sizes[name] = torch.randn(2, size), [-1, size]
-    return {name: (example, sizes[name]) for name, example in examples.items()}
+        sizes["timestep_cond"] = [-1, config.time_cond_proj_dim]
+    if config.addition_embed_type == "text_time":  # SDXL's sizes and crop; pooled text encoding
+        sizes["time_ids"] = [-1, 6]
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        sizes["text_embeds"] = [-1, pooled]
+    return sizes
 
 
 def unet_to_openvino(unet: UNet2DConditionModel) -> Any:
@@ -632,15 +628,18 @@ def unet_to_openvino(unet: UNet2DConditionModel) -> Any:
     Inputs that not all UNets have follow: timestep_cond [B, time_cond_proj_dim], the guidance scale's embedding; and
     SDXL's time_ids [B, 6] and text_embeds [B, D'].
     """
-    inputs = inputs_of_unet(unet.config)
-    more = list(inputs)[3:]
+    sizes = input_sizes(unet.config)
+    more = list(sizes)[3:]
+    edges = 17, 19  # odd, as only then diffusers upsamples to the sizes it finds: so the graph fits all
+    examples = {"sample": torch.randn(2, unet.config.in_channels, *edges), "timestep": torch.tensor([500.0])}
+    examples["encoder_hidden_states"] = torch.randn(2, 77, sizes["encoder_hidden_states"][2])
+    examples |= {name: torch.randn(2, sizes[name][1]) for name in more}
 
     def predict(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         named = dict(zip(more, rest))
         cond = named.pop("timestep_cond", None)
         return unet(sample, timestep, text, timestep_cond=cond, added_cond_kwargs=named, return_dict=False)[0]
 
-    examples, sizes = ({name: values[which] for name, values in inputs.items()} for which in (0, 1))
     model = trace(predict, examples, sizes, "out_sample")
     store_as_fp16(model)
     return model
@@ -695,8 +694,9 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a folder, which gets its name when it is complete, and holds the checksums of its files."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(".openvino.*.partial"):  # by a run that was killed; others may be at work
-        if time.time() - left.stat().st_mtime > 3600:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # whose run has just ended
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left, ignore_errors=True)
     name = {"prefix": ".openvino.", "suffix": ".partial", "dir": folder.parent}
     with tempfile.TemporaryDirectory(**name, ignore_cleanup_errors=True) as partial:
         inner = Path(partial) / folder.name
@@ -732,13 +732,7 @@ class OpenVINOUNet(UNet2DConditionModel):
     def __init__(
         self, payload: dict[str, Any], args: argparse.Namespace, more_settings: dict[str, Any] | None = None
     ) -> None:
-        ModelMixin.__init__(self)  # without the layers
-        self.register_to_config(**settings_of_unet(payload))
-        self.more_inputs = list(inputs_of_unet(self.config))[3:]
-        if "text_embeds" in self.more_inputs:  # the pipeline looks there for the width of its conditioning
-            width = self.config.projection_class_embeddings_input_dim
-            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
-        self.register_buffer("none", torch.empty(0))  # the pipeline asks for a device and a dtype
+        self.stand_in_for(settings_of_unet(payload))
         self.args, self.core = args, openvino_core()
         self.settings = openvino_settings(args) | (more_settings or {})
         try:
@@ -749,6 +743,16 @@ class OpenVINOUNet(UNet2DConditionModel):
             raise UsageError(f"--device {args.device}: OpenVINO cannot use it; there is {there}") from error
         self.about_device.append(os.environ.get("ONEDNN_MAX_CPU_ISA"))
         self.name = graph_name(payload, args)
+
+    def stand_in_for(self, config: dict[str, Any]) -> None:
+        """Have what the pipeline asks a UNet of these settings for, without its layers; nothing is compiled yet."""
+        ModelMixin.__init__(self)
+        self.register_to_config(**config)
+        self.more_inputs = list(input_sizes(self.config))[3:]
+        if "text_embeds" in self.more_inputs:  # the pipeline looks there for the width of its conditioning
+            width = self.config.projection_class_embeddings_input_dim
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+        self.register_buffer("none", torch.empty(0))  # the pipeline asks for a device and a dtype
         self.shapes: list[list[int]] = []
         self.compiled: list[Any] = []
         self.seconds_compiling = 0.0
@@ -1305,7 +1309,7 @@ def add_safety_checker(
     """The pipeline of the parts, with the checkpoint's safety checker, if it has one and --disable_... is not given."""
     if args.disable_safety_checker or is_single_file(name) or not (index.get("safety_checker") or [None])[0]:
         return make_pipeline(index, parts)
-    options = {"revision": args.revision, "cache_dir": args.cache_dir, "dtype": dtype}
+    options = {**hub_options(args), "dtype": dtype}
     if args.variant in variants(Path(name, "safety_checker")):
         options["variant"] = args.variant
     try:
@@ -1546,15 +1550,16 @@ def text_encoder_to_openvino(encoder: PreTrainedModel, length: int, all_layers: 
     With all_layers, as SDXL reads the last but one: the text embedding (text_embeds or pooler_output) and the layers'
     hidden_states.K beside it, in the order in which optimum-intel has them and OpenVINO GenAI counts on them.
     """
-    pooled = "text_embeds" if hasattr(encoder, "text_projection") else "pooler_output"
-    names = sorted(["last_hidden_state", pooled], key=lambda name: name != "text_embeds") if all_layers else []
-    names = names or ["last_hidden_state"]
+    names, layers = ["last_hidden_state"], []
+    if all_layers:
+        projects = hasattr(encoder, "text_projection")
+        names = ["text_embeds", "last_hidden_state"] if projects else ["last_hidden_state", "pooler_output"]
+        layers = [f"hidden_states.{layer}" for layer in range(encoder.config.num_hidden_layers + 1)]
 
     def encode(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         made = encoder(ids, output_hidden_states=True)
-        return tuple(made[name] for name in names) + (tuple(made.hidden_states) if all_layers else ())
+        return (*(made[name] for name in names), *(made.hidden_states if all_layers else ()))
 
-    layers = [f"hidden_states.{layer}" for layer in range(encoder.config.num_hidden_layers + 1)] if all_layers else []
     ids = {"input_ids": torch.ones(1, length, dtype=torch.int64)}
     return trace(encode, ids, {"input_ids": [-1, length]}, *names, *layers)
 

@@ -207,11 +207,8 @@ class NncfUNet(painter.OpenVINOUNet):
     """A UNet that nncf quantized, run as ours is: by OpenVINO, compiled for the sizes of its inputs."""
 
     def __init__(self, model: Any, config: dict[str, Any], settings: dict[str, Any]) -> None:
-        painter.ModelMixin.__init__(self)
-        self.register_to_config(**config)
-        self.more_inputs = list(painter.inputs_of_unet(self.config))[3:]
-        self.register_buffer("none", torch.empty(0))
-        self.model, self.settings, self.shapes, self.seconds_compiling = model, settings, [], 0.0
+        self.stand_in_for(config)
+        self.model, self.settings = model, settings
         constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
         self.megabytes = sum(node.data.nbytes for node in constants) / 1e6
 
