@@ -22,7 +22,6 @@ import ast
 import contextlib
 import copy
 import csv
-import functools
 import glob
 import hashlib
 import importlib.util
@@ -257,18 +256,13 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def lora_argument(text: str) -> tuple[Path, float]:
     """PATH[:WEIGHT] of --lora."""
-    path, _, weight = text.rpartition(":")
-    try:
-        file, strength = (Path(path), float(weight)) if path else (Path(text), 1.0)
-    except ValueError:  # a colon in the path
-        file, strength = Path(text), 1.0
-    if file.suffix != ".safetensors":
-        raise argparse.ArgumentTypeError(f"{file} is no .safetensors, and what else holds a LoRA could run code")
-    if not file.is_file():
-        raise argparse.ArgumentTypeError(f"{file}: no such file")
-    if not math.isfinite(strength):
-        raise argparse.ArgumentTypeError(f"{text}: the weight must be a number, such as 0.8")
-    return file, strength
+    match = re.fullmatch(r"(.+\.safetensors)(?::([-+]?[\d.]+))?", text)
+    if match is None:
+        problem = "is no FILE.safetensors or FILE.safetensors:WEIGHT (other files that hold LoRAs could run code)"
+        raise argparse.ArgumentTypeError(f"{text} {problem}")
+    if not Path(match[1]).is_file():
+        raise argparse.ArgumentTypeError(f"{match[1]}: no such file")
+    return Path(match[1]), float(match[2] or 1)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -426,7 +420,11 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "Laten
 PIPELINES += ("StableDiffusionXLPipeline",)
 TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")  # the latter two of SDXL alone
 WITHOUT_WEIGHTS = ("tokenizer", "scheduler")  # names of parts begin so
-KNOWN_CONDITIONING = (("encoder_hid_dim_type", "text_proj"), ("addition_embed_type", "text_time"))  # of UNets
+# Settings of UNets that take more than a caption, and the value of each that is supported, if one is.
+CONDITIONING: dict[str, str | None] = {"encoder_hid_dim_type": "text_proj", "addition_embed_type": "text_time"}
+CONDITIONING |= dict.fromkeys(
+    ("class_embed_type", "num_class_embeds", "class_embeddings_concat", "dual_cross_attention")
+)
 VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE")
 LFS_START = b"version https://git-lfs"
 LFS_POINTER = "a pointer of Git LFS, not the file itself: git lfs pull brings it"
@@ -576,30 +574,28 @@ def has_betas(scheduler: Any) -> bool:
 
 
 def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """model_index.json, which names the class of the pipeline and of each part."""
+    """model_index.json, which names the class of the pipeline and of each part.
+
+    Raises:
+        UsageError: there is none, or it is of another kind of model.
+    """
     source = settings_source(name, args)
     folder, given = Path(source), f"--pretrained_model_name_or_path {name}"
     if source != name:
         given += f", --config {source}" if args.config else f", whose settings are those of {source}"
-    elif args.config:
-        raise UsageError(f"--config is for a single .safetensors file, which {name} is not: leave it out")
-    if "://" in source:
-        raise UsageError(f"{given}: give a hub id such as owner/model, or a folder")
     if (folder.exists() or folder.suffix in SINGLE_FILES) and not (folder / "model_index.json").is_file():
         raise UsageError(f"{given}: {no_checkpoint(folder)}")
-    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise UsageError(f"{given}: no such folder, and no hub id such as owner/model")
     try:
         index = dict(StableDiffusionPipeline.load_config(source, **hub_options(args)))
         kind = index["_class_name"]
-    except Exception as error:  # of the hub, of JSON, ...
-        damaged = f"model_index.json is damaged, copy it again ({first_line(error)})"
-        reason = damaged if folder.exists() else f"no such folder, and not to be had from the hub: {first_line(error)}"
+    except Exception as error:  # the hub, JSON, ... fail in their own ways
+        damaged = "model_index.json is damaged, copy it again"
+        reason = damaged if folder.exists() else "no such folder, and no hub id that can be loaded"
         remedy = ": give --config FOLDER, a checkpoint of its kind, of which no weights are needed" * (source != name)
-        raise UsageError(f"{given}: {reason}{remedy}") from error
+        raise UsageError(f"{given}: {reason} ({first_line(error)}){remedy}") from error
     if kind not in PIPELINES:
         raise UsageError(f"{source} is a {kind}; only Stable Diffusion 1.x, 2.x and XL are supported")
-    if is_single_file(name) and is_xl(index) != is_xl_file(name):
+    if is_single_file(name) and is_xl(index) != ("xl" in single_file_kind(name)):
         raise UsageError(f"{name} is {'no ' * is_xl(index)}SDXL by its keys, but --config {source} is a {kind}")
     return index
 
@@ -613,12 +609,14 @@ def is_single_file(name: str) -> bool:
 
 
 def settings_source(name: str, args: argparse.Namespace) -> str:
-    """Folder or hub id with the settings and tokenizers: the checkpoint itself, unless that is a single file.
+    """Folder or hub id of the settings and tokenizers: the checkpoint itself, unless that is a single file.
 
     Raises:
-        UsageError: the file is no Stable Diffusion.
+        UsageError: the file is no Stable Diffusion, or a flag does not go with it.
     """
     if not is_single_file(name):
+        if args.config:
+            raise UsageError(f"--config is for a single .safetensors file, which {name} is not: leave it out")
         return name
     if args.variant:
         raise UsageError(f"--variant {args.variant} is for a folder, which {name} is not: leave it out")
@@ -630,22 +628,18 @@ def settings_source(name: str, args: argparse.Namespace) -> str:
     return single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
 
 
-def is_xl_file(name: str) -> bool:
-    return any(key.startswith("conditioner.embedders.1.") for key in load_file(name))
-
-
-@functools.cache
 def single_file_kind(name: str) -> str:
-    """What diffusers makes of its tensors' names and shapes."""
+    """v1, v2, xl_base, ..., as diffusers infers it from the tensors' names and shapes."""
     if is_lfs_pointer(name):
         raise UsageError(f"{name} is {LFS_POINTER}")
     try:
-        tensors = load_file(name)  # which maps them, and reads none
+        tensors = load_file(name)  # maps them into memory, reads none
     except Exception as error:  # a damaged file fails in many ways
         raise UsageError(f"{name} is damaged ({first_line(error)}): copy it again") from error
     if not any(key.startswith("model.diffusion_model.") for key in tensors):
         raise UsageError(f"{name} is no whole checkpoint of Stable Diffusion: it has no model.diffusion_model")
-    return single_file_utils.infer_diffusers_model_type(tensors)
+    kind = single_file_utils.infer_diffusers_model_type(tensors)  # knows SDXL by its tenth layer, which small ones lack
+    return "xl_base" if kind == "v1" and any(key.startswith("conditioner.embedders.1.") for key in tensors) else kind
 
 
 def is_xl(index: dict[str, Any]) -> bool:
@@ -690,23 +684,21 @@ def encode_captions(encoders: list[PreTrainedModel], input_ids: torch.Tensor) ->
 
 def no_checkpoint(path: Path) -> str:
     """Why there is no model_index.json at the path, and what to give instead."""
-    single = [file for file in (sorted(path.glob("*")) if path.is_dir() else [path]) if file.suffix in SINGLE_FILES]
     nested = [file.parent for below in ("*", "snapshots/*") for file in path.glob(f"{below}/model_index.json")]
     if nested:
         return f"the checkpoint is one level down: give {nested[0]}"
     if (path.parent / "model_index.json").is_file():
         return f"a part of a checkpoint: give the whole, {path.parent}"
-    if single and single[0].suffix == SINGLE_FILES[0] and single[0].is_file():
-        return f"a folder without model_index.json: give the file in it, {single[0]}"
-    if single and single[0].is_file():
-        convert = f"P.from_single_file('{single[0]}').save_pretrained('FOLDER')"
-        return (
-            f"{single[0].name} is a pickle, which could run code; where you trust it, make a diffusers folder of it: "
-            f'python -c "from diffusers import StableDiffusionPipeline as P; {convert}"'
-        )
-    if single:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    single = next((file for file in files if file.suffix in SINGLE_FILES), None)
+    if single is None:
+        return "no model_index.json in it: give the folder of a diffusers checkpoint, or a hub id"
+    if not single.is_file():
         return "no such file"
-    return "no model_index.json in it: give the folder of a diffusers checkpoint, or a hub id"
+    if single.suffix == SINGLE_FILES[0]:
+        return f"a folder without model_index.json: give the file in it, {single}"
+    convert = f"StableDiffusionPipeline.from_single_file('{single}').save_pretrained('FOLDER')"
+    return f"{single.name} is a pickle, which could run code; where you trust it, convert it by diffusers' {convert}"
 
 
 def load_part(
@@ -720,38 +712,37 @@ def load_part(
     named = index.get(part)
     library, kind = named if isinstance(named, (list, tuple)) and len(named) == 2 else (None, None)
     allowed = {"unet": ("UNet2DConditionModel",), "vae": VAES}.get(part, (kind,))
-    found = {"diffusers": diffusers, "transformers": transformers}.get(library)
-    if kind is None or kind not in allowed or not hasattr(found, kind):
-        known = f"not {' or '.join(allowed)}" if kind not in allowed else "a class that diffusers does not have"
-        raise UsageError(f"{name}: its {part} is {kind and f'{library}.{kind}'}, {known}: it cannot be used here")
+    found = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(kind), None)
+    if found is None or kind not in allowed:
+        wanted = "" if kind in allowed else f", not {' or '.join(allowed)}"
+        raise UsageError(f"{name}: its {part} is {kind and f'{library}.{kind}'}{wanted}: it cannot be used here")
     options: dict[str, Any] = {"subfolder": part, **hub_options(args)}
-    missing = []
     try:
         if part.startswith(WITHOUT_WEIGHTS):
-            return getattr(found, kind).from_pretrained(settings_source(name, args), **options)
+            return found.from_pretrained(settings_source(name, args), **options)
         if is_single_file(name):
             return aligned(from_single_file(name, index, part, args, dtype))
         options |= {"dtype": dtype, "output_loading_info": True}
         try:
-            loaded, info = getattr(found, kind).from_pretrained(name, variant=args.variant, **options)
+            loaded, info = found.from_pretrained(name, variant=args.variant, **options)
         except OSError:
             if args.variant is None or args.variant in variants(Path(name, part)):
                 raise
-            loaded, info = getattr(found, kind).from_pretrained(name, **options)
+            loaded, info = found.from_pretrained(name, **options)
             logger.info(f"the {part} has no variant {args.variant}: its plain weights are used")
-        missing = [key for key in info["missing_keys"] if "pooler" not in key]  # BERT's, which nothing reads
+        missing = [key for key in info["missing_keys"] if "pooler" not in key]  # BERT's pooler is not used
+        if missing:
+            raise ValueError(f"it lacks {len(missing)} tensors, such as {min(missing)}")
+        return aligned(loaded)
     except Exception as error:  # each library fails in ways of its own
         raise UsageError(f"{name}: {part_problem(Path(name), part, args.variant, error)}") from error
-    if missing:
-        raise UsageError(f"{name}: its {part} lacks {len(missing)} tensors, such as {min(missing)}: copy it again")
-    return aligned(loaded)
 
 
 def aligned(model: nn.Module) -> nn.Module:
-    """With weights where vector instructions want them, whatever file they lie in.
+    """Align weights to 64 bytes, whatever their place in the file.
 
-    Products with a single row, such as a timestep's, sum in another order where the weight is not aligned (measured;
-    those with more rows do not). Weights above 16 MiB meet none, and copies of them would count twice in memory.
+    Products with a single row (a timestep's embedding) sum in another order where the weight is not aligned, so the
+    same weights in two files would differ in their last bits. Weights above 16 MiB meet none, and are not copied.
     """
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.data_ptr() % 64 and tensor.nbytes <= 16 << 20:
@@ -774,10 +765,9 @@ def from_single_file(name: str, index: dict[str, Any], part: str, args: argparse
 
 
 def variants(folder: Path) -> set[str | None]:
-    """Of the weights in a part's folder; None stands for the plain ones."""
+    """Variants of the weights in a part's folder; None stands for the plain ones."""
     pattern = r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
-    names = [file.name for file in folder.glob("*")]
-    return {match[1] for match in (re.fullmatch(pattern, name) for name in names) if match}
+    return {match[1] for file in folder.glob("*") if (match := re.fullmatch(pattern, file.name))}
 
 
 def is_lfs_pointer(path: str | Path) -> bool:
@@ -788,12 +778,11 @@ def is_lfs_pointer(path: str | Path) -> bool:
 def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseException) -> str:
     """Why a part could not be loaded, and what to do about it; libraries name neither the part nor the remedy."""
     folder = checkpoint / part
-    if checkpoint.is_file():
-        return f"its {part} could not be loaded: {first_line(error)}; is --config a checkpoint of the same kind?"
-    if not checkpoint.is_dir():  # the hub's
-        return f"its {part} could not be loaded: {first_line(error)}"
-    if not folder.is_dir():
+    if checkpoint.is_dir() and not folder.is_dir():
         return f"it has no folder {part}: copy the whole checkpoint"
+    if not folder.is_dir():  # a single file, or of the hub
+        remedy = "; is --config a checkpoint of the same kind?" * checkpoint.is_file()
+        return f"its {part} could not be loaded: {first_line(error)}{remedy}"
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         if is_lfs_pointer(file):
             return f"{part}/{file.name} is {LFS_POINTER}"
@@ -815,16 +804,13 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UsageError: there are none, or its inputs are not those of Stable Diffusion.
     """
+    source = settings_source(name, args)
     try:
-        source = settings_source(name, args)
         config = dict(UNet2DConditionModel.load_config(source, subfolder="unet", **hub_options(args)))
-    except UsageError:
-        raise
-    except Exception as error:  # of the hub, of JSON, ...
+    except Exception as error:  # the hub, JSON, ... fail in their own ways
         raise UsageError(f"{source}: {part_problem(Path(source), 'unet', args.variant, error)}") from error
-    more = "class_embed_type num_class_embeds addition_embed_type class_embeddings_concat dual_cross_attention"
-    for key in [*more.split(), "encoder_hid_dim_type"]:
-        if config.get(key) and (key, config[key]) not in KNOWN_CONDITIONING:
+    for key in CONDITIONING:
+        if config.get(key) not in (None, False, CONDITIONING[key]):
             raise UsageError(f"{name}: its UNet wants more than a caption ({key}), which is not supported")
     if config.get("out_channels", 4) != config.get("in_channels", 4):
         raise UsageError(f"{name}: its UNet takes and gives other numbers of channels: only text-to-image models work")
@@ -837,43 +823,39 @@ def check_parts(parts: dict[str, Any], unet_config: dict[str, Any], name: str) -
     Raises:
         UsageError: they do not, or a tokenizer has lost its vocabulary.
     """
-    vae, encoders, ids = parts["vae"], text_encoders(parts), []
+    vae, encoders, ids = parts["vae"].config, text_encoders(parts), []
     for part in filter(parts.get, TEXT_PARTS[::2]):
         check_tokenizer(parts[part], parts[part.replace("tokenizer", "text_encoder")], part, name)
         ids.append(parts[part]("a", padding="max_length", truncation=True, return_tensors="pt").input_ids)
     channels = unet_config.get("in_channels", 4)
-    if channels != vae.config.latent_channels:
-        made = f"its UNet takes {channels} channels, its VAE makes {vae.config.latent_channels}"
+    if channels != vae.latent_channels:
+        made = f"its UNet takes {channels} channels, its VAE makes {vae.latent_channels}"
         raise UsageError(f"{name}: {made}: only text-to-image models are supported, with the VAE that belongs to them")
-    if not vae.config.get("scaling_factor"):
+    if not vae.get("scaling_factor"):
         raise UsageError(f"{name}: its VAE names no scaling_factor, which vae/config.json must")
-    if vae.config.get("latents_mean") is not None:
+    if vae.get("latents_mean") is not None:
         raise UsageError(f"{name}: its VAE shifts its latents (latents_mean), which is not supported")
     if len({tensor.shape for tensor in ids}) > 1:
         raise UsageError(f"{name}: its tokenizers make {' and '.join(str(len(tensor[0])) for tensor in ids)} tokens")
+    with torch.no_grad():
+        encoded = encode_captions(encoders, torch.stack(ids, dim=1))
     width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", 1280)
     widths = set(width) if isinstance(width, (list, tuple)) else {width}
-    with torch.no_grad():
-        told = encode_captions(encoders, torch.stack(ids, dim=1))
-    made = list(told["encoder_hidden_states"].shape)
-    if len(made) != 3 or widths != {made[2]}:
-        kinds, wanted = " and ".join(type(encoder).__name__ for encoder in encoders), f"[1, {made[1]}, {max(widths)}]"
-        raise UsageError(f"{name}: its text encoder, {kinds}, makes {made} of a caption, its UNet reads {wanted}")
-    pooled, added = told.get("text_embeds"), unet_config.get("addition_embed_type")
-    if (pooled is not None) != (added == "text_time"):
-        raise UsageError(f"{name}: its UNet has addition_embed_type {added}: it belongs to another kind of pipeline")
-    if pooled is not None:
-        made = list(pooled.shape)
-        wanted = unet_config.get("projection_class_embeddings_input_dim", 0)
-        wanted -= 6 * (unet_config.get("addition_time_embed_dim") or 0)  # of sizes and crop
-        if made != [1, wanted]:
-            problem = f"{type(encoders[-1]).__name__}, pools a caption to {made}, its UNet reads [1, {wanted}]"
-            raise UsageError(f"{name}: its second text encoder, {problem}")
+    wanted = {"encoder_hidden_states": [1, ids[0].shape[1], *widths]}
+    if unet_config.get("addition_embed_type") == "text_time":  # besides, it embeds six numbers: sizes and crop
+        sizes = 6 * (unet_config.get("addition_time_embed_dim") or 0)
+        wanted["text_embeds"] = [1, unet_config.get("projection_class_embeddings_input_dim", 0) - sizes]
+    made = {key: list(tensor.shape) for key, tensor in encoded.items()}
+    for key in wanted | made:
+        if made.get(key) != wanted.get(key):
+            kinds = " and ".join(type(encoder).__name__ for encoder in encoders)
+            problem = f"{kinds}, makes {key} {made.get(key)} of a caption, its UNet reads {wanted.get(key)}"
+            raise UsageError(f"{name}: its text encoder, {problem}")
 
 
 def check_tokenizer(tokenizer: Any, text_encoder: Any, part: str, name: str) -> None:
-    """Part of check_parts; `part` is what the checkpoint calls the tokenizer."""
-    vocabulary = tokenizer.get_vocab()
+    """A tokenizer must have its vocabulary, and no ids that the text encoder does not know; see check_parts."""
+    vocabulary, config = tokenizer.get_vocab(), text_encoder.config
     own = [token for token in list(vocabulary)[:1000] if token not in tokenizer.all_special_tokens]
     if tokenizer.pad_token is None:
         raise UsageError(f"{name}: its {part} has no pad_token, which {part}/tokenizer_config.json must name")
@@ -888,13 +870,13 @@ def check_tokenizer(tokenizer: Any, text_encoder: Any, part: str, name: str) -> 
             f"{name}: its {part} has ids up to {highest}, its text encoder reads {readable} of them: they are of "
             "different checkpoints, or tokens were added without resize_token_embeddings"
         )
-    positions = getattr(text_encoder.config, "max_position_embeddings", None)
-    if positions is not None and "roberta" in text_encoder.config.model_type:
-        positions -= text_encoder.config.pad_token_id + 1  # its positions begin after the padding's
-    own_length = tokenizer.model_max_length
-    tokenizer.model_max_length = min(own_length if own_length > 2 else math.inf, positions or 77)
-    if getattr(text_encoder.config, "use_attention_mask", False):
+    if getattr(config, "use_attention_mask", False):
         raise UsageError(f"{name}: its text encoder wants attention masks, which are not supported")
+    positions = getattr(config, "max_position_embeddings", 77)
+    if "roberta" in config.model_type:
+        positions -= config.pad_token_id + 1  # its positions begin after the padding's
+    if not 2 < tokenizer.model_max_length < positions:  # old tokenizers name no length, or 0
+        tokenizer.model_max_length = positions
 
 
 def sha256(path: Path) -> str:
@@ -905,7 +887,7 @@ def sha256(path: Path) -> str:
 def fuse_loras(pipeline: DiffusionPipeline, args: argparse.Namespace, with_unet: bool = True) -> list[dict[str, Any]]:
     """Add each --lora, times its weight, to the weights it is for; returns what quant_model.pt records of them.
 
-    Without the UNet, which has its own already where it is int8, only to those of the text encoders.
+    Without the UNet, as an int8 one holds its LoRAs already, only to those of the text encoders.
 
     Raises:
         UsageError: one is for another architecture, or in no format that diffusers reads.
@@ -913,56 +895,53 @@ def fuse_loras(pipeline: DiffusionPipeline, args: argparse.Namespace, with_unet:
     records, parts = [], [part for part in ("unet", *TEXT_PARTS[1::2]) if getattr(pipeline, part, None) is not None]
     for path, weight in args.lora or []:
         options = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
+        options |= {"unet_config": pipeline.unet.config, "return_lora_metadata": True}
         try:
-            tensors, alphas, metadata = pipeline.lora_state_dict(
-                str(path.parent), unet_config=pipeline.unet.config, return_lora_metadata=True, **options
-            )
+            tensors, alphas, metadata = pipeline.lora_state_dict(str(path.parent), **options)
         except Exception as error:  # of safetensors, of names that diffusers does not know, ...
             problem = LFS_POINTER if is_lfs_pointer(path) else f"no LoRA that can be read ({first_line(error)})"
             raise UsageError(f"--lora {path}: {problem}") from error
-        layers = {part: layers_of_lora(tensors, part) for part in parts}
-        strange = [name for name in tensors if name.split(".")[0] not in parts]
-        if strange or not any(layers.values()):
-            reason = f"it is for a {strange[0].split('.')[0]}" if strange else "it holds no layers"
+        # A layer is a pair of matrices, in diffusers' new names or old; the first of each pair is counted.
+        firsts = [name for name in tensors if name.endswith(("lora_A.weight", "down.weight"))]
+        layers = {part: sum(name.startswith(f"{part}.") for name in firsts) for part in parts}
+        strange = {name.split(".")[0] for name in tensors} - set(parts)
+        if strange or not firsts:
+            reason = f"it is for a {min(strange)}" if strange else "it holds no layers"
             raise UsageError(f"--lora {path} does not fit {args.pretrained_model_name_or_path}: {reason}")
         fused = [part for part in parts if layers[part] and (with_unet or part != "unet")]
         for part in fused:
-            load_lora(pipeline, part, tensors, alphas, metadata, path, layers[part])
+            load_lora(pipeline, part, layers[part], path, tensors, network_alphas=alphas, metadata=metadata)
         if fused:
             pipeline.fuse_lora(components=fused, lora_scale=weight)
             pipeline.unload_lora_weights()
-        in_text = any(count for part, count in layers.items() if part != "unet")
+        in_text = any(layers[part] for part in parts if part != "unet")
         records.append({"name": path.name, "weight": weight, "sha256": sha256(path), "text_encoder": in_text})
         counts = [f"{layers[part]} layers of the {part}" for part in fused]
         logger.info(f"fused {path.name}, weight {weight}: {', '.join(counts) or 'in the int8 UNet already'}")
     return records
 
 
-def layers_of_lora(tensors: dict[str, torch.Tensor], part: str) -> int:
-    """How many of a part's layers it changes, in the names that diffusers has for it, old and new."""
-    return sum(name.startswith(f"{part}.") and name.endswith(("lora_A.weight", "down.weight")) for name in tensors)
-
-
 def load_lora(
-    pipeline: DiffusionPipeline, part: str, tensors: dict, alphas: Any, metadata: Any, path: Path, layers: int
+    pipeline: DiffusionPipeline, part: str, layers: int, path: Path, tensors: dict[str, torch.Tensor], **options: Any
 ) -> None:
-    """Put the LoRA's layers beside those of a part.
+    """Add the LoRA's layers, of which there are so many, to a part of the pipeline.
 
     Raises:
         UsageError: the part has no such layers, or of other sizes.
     """
-    model, options = getattr(pipeline, part), {"network_alphas": alphas, "metadata": metadata, "adapter_name": "lora"}
+    model = getattr(pipeline, part)
     try:
         if part == "unet":
-            pipeline.load_lora_into_unet(tensors, unet=model, **options)
+            pipeline.load_lora_into_unet(tensors, unet=model, adapter_name="lora", **options)
         else:
-            pipeline.load_lora_into_text_encoder(tensors, text_encoder=model, prefix=part, **options)
+            pipeline.load_lora_into_text_encoder(
+                tensors, text_encoder=model, prefix=part, adapter_name="lora", **options
+            )
         found = sum(hasattr(module, "lora_A") for module in model.modules())
-        problem = f"{found} of its {layers} layers are there" if found != layers else None
+        if found != layers:
+            raise ValueError(f"{found} of its {layers} layers are there")
     except Exception as error:  # of peft, where no name or shape fits
-        problem = first_line(error)
-    if problem:
-        raise UsageError(f"--lora {path} does not fit the checkpoint's {part}: {problem[:200]}")
+        raise UsageError(f"--lora {path} does not fit the checkpoint's {part}: {first_line(error)[:200]}") from error
 
 
 def split(

@@ -79,14 +79,14 @@ def save(folder: Path, **parts: Any) -> Path:
 def test_both_scripts_load_a_checkpoint_by_the_same_lines() -> None:
     names = "checkpoint_name load_index no_checkpoint load_part variants part_problem load_unet_config check_parts"
     names += " check_tokenizer is_xl pipeline_kind text_parts text_encoders make_pipeline encode_captions size_made_for"
-    names += " hub_options is_single_file settings_source is_xl_file single_file_kind from_single_file aligned"
-    names += " lora_argument sha256 fuse_loras layers_of_lora load_lora"
+    names += " hub_options is_single_file settings_source single_file_kind from_single_file aligned"
+    names += " lora_argument sha256 fuse_loras load_lora"
     for name in [*names.split(), "first_line", "has_betas", "is_lfs_pointer"]:
         assert inspect.getsource(getattr(trainer, name)) == inspect.getsource(getattr(text2images, name)), name
     for name in (
         "PIPELINES",
         "TEXT_PARTS",
-        "KNOWN_CONDITIONING",
+        "CONDITIONING",
         "VAES",
         "TEST_WORDS",
         "SINGLE_FILES",
@@ -160,12 +160,16 @@ def test_another_text_encoder_and_vae_train_and_paint(train, tmp_path: Path) -> 
 def test_parts_that_do_not_fit_each_other_are_refused(script: ModuleType, tmp_path: Path) -> None:
     assert "ids up to 10, its text encoder reads 9" in refusal(script, save(tmp_path / "a", **bert_parts(words=9)))
     wide = save(tmp_path / "b", **bert_parts(width=64))
-    assert "BertModel, makes [1, 24, 64] of a caption, its UNet reads [1, 24, 32]" in refusal(script, wide)
+    assert "BertModel, makes encoder_hidden_states [1, 24, 64] of a caption, its UNet reads [1, 24, 32]" in refusal(
+        script, wide
+    )
     whole = tiny_pipeline()
     projecting = CLIPTextModelWithProjection(whole.text_encoder.config)
     inpainting = UNet2DConditionModel(**(dict(whole.unet.config) | {"in_channels": 9}))
     assert "takes and gives other numbers of channels" in refusal(script, save(tmp_path / "d", unet=inpainting))
-    assert "CLIPTextModelWithProjection, makes [1, " in refusal(script, save(tmp_path / "c", text_encoder=projecting))
+    assert "CLIPTextModelWithProjection, makes encoder_hidden_states [1, " in refusal(
+        script, save(tmp_path / "c", text_encoder=projecting)
+    )
 
 
 @BOTH
@@ -266,7 +270,7 @@ def drop_tensors(file: Path) -> None:
         (make_pointer, "is a pointer of Git LFS, not the file itself: git lfs pull brings it"),
         (lambda file: file.write_bytes(b""), "is empty: copy it again"),
         (lambda file: file.unlink(), "its {} has no weights"),
-        (drop_tensors, "its {} lacks "),
+        (drop_tensors, "its {} is damaged or incomplete (it lacks "),
         (lambda file: shutil.rmtree(file.parent), "it has no folder {}"),
         (lambda file: (file.parent / "config.json").write_text("{"), "its {} is damaged or incomplete"),
         (lambda file: (file.parent / "config.json").write_text("[7]"), "its {} is damaged or incomplete"),

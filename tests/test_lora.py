@@ -195,10 +195,10 @@ def test_files_that_are_no_lora_are_refused(script: Any, model_dir: Path, tmp_pa
     assert "does not fit" in refusal(script, model_dir, "--lora", str(file))
     shutil.copy(file, tmp_path / "a.pt")
     for given, message in (
-        (tmp_path / "a.pt", "is no .safetensors, and what else holds a LoRA could run code"),
+        (tmp_path / "a.pt", "other files that hold LoRAs could run code"),
         (tmp_path / "b.safetensors", "no such file"),
-        (f"{file}:nan", "the weight must be a number"),
-        (f"{file}:much", "is no .safetensors"),
+        (f"{file}:nan", "is no FILE.safetensors or FILE.safetensors:WEIGHT"),
+        (f"{file}:much", "is no FILE.safetensors or FILE.safetensors:WEIGHT"),
     ):
         with pytest.raises(SystemExit) as left:
             load(script, model_dir, "--lora", str(given))

@@ -208,7 +208,9 @@ def test_a_file_for_the_other_kind_of_pipeline_is_refused(
 def test_parts_that_do_not_fit_each_other_are_refused(script: Any, xl_dir: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(xl_dir, tmp_path / "model"))
     edit(model / "unet/config.json", addition_time_embed_dim=4)
-    assert "CLIPTextModelWithProjection, pools a caption to [1, 40], its UNet reads [1, 64]" in refusal(script, model)
+    assert "CLIPTextModelWithProjection, makes text_embeds [1, 40] of a caption, its UNet reads [1, 64]" in refusal(
+        script, model
+    )
     edit(model / "unet/config.json", addition_time_embed_dim=8)
     edit(model / "tokenizer_2/tokenizer_config.json", model_max_length=20)
     assert "its tokenizers make 77 and 20 tokens" in refusal(script, model)
