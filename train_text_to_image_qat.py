@@ -419,12 +419,10 @@ def generator_for(seed: int, *key: Any) -> torch.Generator:
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline")
 PIPELINES += ("StableDiffusionXLPipeline",)
 TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")  # the latter two of SDXL alone
-WITHOUT_WEIGHTS = ("tokenizer", "scheduler")  # names of parts begin so
+WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "feature_extractor")  # names of parts begin so
 # Settings of UNets that take more than a caption, and the value of each that is supported, if one is.
 CONDITIONING: dict[str, str | None] = {"encoder_hid_dim_type": "text_proj", "addition_embed_type": "text_time"}
-CONDITIONING |= dict.fromkeys(
-    ("class_embed_type", "num_class_embeds", "class_embeddings_concat", "dual_cross_attention")
-)
+CONDITIONING |= dict.fromkeys("class_embed_type num_class_embeds class_embeddings_concat dual_cross_attention".split())
 VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE")
 LFS_START = b"version https://git-lfs"
 LFS_POINTER = "a pointer of Git LFS, not the file itself: git lfs pull brings it"
@@ -574,11 +572,7 @@ def has_betas(scheduler: Any) -> bool:
 
 
 def load_index(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """model_index.json, which names the class of the pipeline and of each part.
-
-    Raises:
-        UsageError: there is none, or it is of another kind of model.
-    """
+    """model_index.json, which names the class of the pipeline and of each part."""
     source = settings_source(name, args)
     folder, given = Path(source), f"--pretrained_model_name_or_path {name}"
     if source != name:
@@ -609,11 +603,7 @@ def is_single_file(name: str) -> bool:
 
 
 def settings_source(name: str, args: argparse.Namespace) -> str:
-    """Folder or hub id of the settings and tokenizers: the checkpoint itself, unless that is a single file.
-
-    Raises:
-        UsageError: the file is no Stable Diffusion, or a flag does not go with it.
-    """
+    """Folder or hub id of the settings and tokenizers: the checkpoint itself, unless that is a single file."""
     if not is_single_file(name):
         if args.config:
             raise UsageError(f"--config is for a single .safetensors file, which {name} is not: leave it out")
@@ -661,16 +651,16 @@ def text_encoders(parts: dict[str, Any]) -> list[PreTrainedModel]:
 
 
 def make_pipeline(index: dict[str, Any], parts: dict[str, Any]) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    """diffusers' pipeline of the parts, without a safety checker."""
+    """diffusers' pipeline of the parts, without a safety checker unless that is one of them."""
     if is_xl(index):
         zeros = index.get("force_zeros_for_empty_prompt", True)
         return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
     rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(**parts, **rest)
+    return StableDiffusionPipeline(**(rest | parts))
 
 
 def encode_captions(encoders: list[PreTrainedModel], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the UNet is told of captions, whose ids are [B, encoders, L]: encoder_hidden_states [B, L, D].
+    """Captions as the UNet reads them, from ids [B, encoders, L]: encoder_hidden_states [B, L, D].
 
     SDXL (arXiv 2307.01952) joins what the last layer but one of both encoders gives, and has text_embeds [B, P] of the
     second one besides.
@@ -704,15 +694,16 @@ def no_checkpoint(path: Path) -> str:
 def load_part(
     name: str, index: dict[str, Any], part: str, args: argparse.Namespace, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """A part of the checkpoint, by the class that model_index.json names.
-
-    Raises:
-        UsageError: its class cannot work here, or its files are missing, cut short or damaged.
-    """
+    """A part of the checkpoint, by the class that model_index.json names."""
     named = index.get(part)
     library, kind = named if isinstance(named, (list, tuple)) and len(named) == 2 else (None, None)
     allowed = {"unet": ("UNet2DConditionModel",), "vae": VAES}.get(part, (kind,))
-    found = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(kind), None)
+    libraries = {
+        "diffusers": diffusers,
+        "transformers": transformers,
+        "stable_diffusion": diffusers.pipelines.stable_diffusion,
+    }
+    found = getattr(libraries.get(library), str(kind), None)
     if found is None or kind not in allowed:
         wanted = "" if kind in allowed else f", not {' or '.join(allowed)}"
         raise UsageError(f"{name}: its {part} is {kind and f'{library}.{kind}'}{wanted}: it cannot be used here")
@@ -799,11 +790,7 @@ def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseEx
 
 
 def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of the checkpoint's UNet.
-
-    Raises:
-        UsageError: there are none, or its inputs are not those of Stable Diffusion.
-    """
+    """The settings of the checkpoint's UNet."""
     source = settings_source(name, args)
     try:
         config = dict(UNet2DConditionModel.load_config(source, subfolder="unet", **hub_options(args)))
@@ -818,11 +805,7 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_parts(parts: dict[str, Any], unet_config: dict[str, Any], name: str) -> None:
-    """The parts must fit each other; gives the tokenizers the length that the text encoders read.
-
-    Raises:
-        UsageError: they do not, or a tokenizer has lost its vocabulary.
-    """
+    """The parts must fit each other; gives the tokenizers the length that the text encoders read."""
     vae, encoders, ids = parts["vae"].config, text_encoders(parts), []
     for part in filter(parts.get, TEXT_PARTS[::2]):
         check_tokenizer(parts[part], parts[part.replace("tokenizer", "text_encoder")], part, name)
@@ -888,9 +871,6 @@ def fuse_loras(pipeline: DiffusionPipeline, args: argparse.Namespace, with_unet:
     """Add each --lora, times its weight, to the weights it is for; returns what quant_model.pt records of them.
 
     Without the UNet, as an int8 one holds its LoRAs already, only to those of the text encoders.
-
-    Raises:
-        UsageError: one is for another architecture, or in no format that diffusers reads.
     """
     records, parts = [], [part for part in ("unet", *TEXT_PARTS[1::2]) if getattr(pipeline, part, None) is not None]
     for path, weight in args.lora or []:
@@ -924,11 +904,7 @@ def fuse_loras(pipeline: DiffusionPipeline, args: argparse.Namespace, with_unet:
 def load_lora(
     pipeline: DiffusionPipeline, part: str, layers: int, path: Path, tensors: dict[str, torch.Tensor], **options: Any
 ) -> None:
-    """Add the LoRA's layers, of which there are so many, to a part of the pipeline.
-
-    Raises:
-        UsageError: the part has no such layers, or of other sizes.
-    """
+    """Add the LoRA's layers, of which there are so many, to a part of the pipeline."""
     model = getattr(pipeline, part)
     try:
         if part == "unet":

@@ -232,19 +232,19 @@ def unet_inputs_of_paintings(pipeline: painter.StableDiffusionPipeline, args: ar
     settings = argparse.Namespace(**{**vars(args), "num_inference_steps": 20})
     rows = (ROOT / "demo/scenes/metadata.jsonl").read_text(encoding="utf-8").splitlines()[:16]
     for number, row in enumerate(rows):
-        job = painter.Job(json.loads(row)["text"], 0, 10_000 + number)  # a seed that no measured picture has
-        painter.paint(pipeline, [job], settings)
+        request = painter.ImageRequest(json.loads(row)["text"], 10_000 + number)  # a seed that no measured picture has
+        painter.generate(pipeline, [request], settings)
     hook.remove()
     return inputs
 
 
 def nncf() -> None:
     """OpenVINO's own int8: nncf's post-training quantization with its defaults for transformers."""
-    load_pipeline, run_facts = painter.load_pipeline, painter.run_facts
+    load_pipeline, run_metadata = painter.load_pipeline, painter.run_metadata
 
-    def facts(pipeline: painter.StableDiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
+    def metadata(pipeline: painter.StableDiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
         size = {"unet_mb": round(pipeline.unet.megabytes, 1)}
-        return run_facts(pipeline, args) | {"precision": "int8", **size}
+        return run_metadata(pipeline, args) | {"precision": "int8", **size}
 
     def load(args: argparse.Namespace) -> painter.StableDiffusionPipeline:
         from nncf import Dataset, ModelType, quantize
@@ -257,7 +257,7 @@ def nncf() -> None:
         pipeline.unet = NncfUNet(model, dict(exact.unet.config), painter.openvino_settings(args))
         return pipeline
 
-    painter.load_pipeline, painter.run_facts = load, facts
+    painter.load_pipeline, painter.run_metadata = load, metadata
 
 
 ALTERNATIVES: dict[str, Callable[[], None]] = {

@@ -66,11 +66,11 @@ def final_latents(
         pipeline.unet = unets[step + 1 in int8_steps]
         return tensors
 
-    height, width = painter.picture_size(pipeline, settings)
+    height, width = painter.image_size(pipeline, settings)
     finished = []
     for first in range(0, len(settings.captions), BATCH):
         captions = settings.captions[first : first + BATCH]
-        jobs = [painter.Job(caption, 0, settings.seed) for caption in captions]
+        requests = [painter.ImageRequest(caption, settings.seed) for caption in captions]
         pipeline.unet = unets[0 in int8_steps]
         painted = pipeline(
             captions,
@@ -78,7 +78,7 @@ def final_latents(
             width=width,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
-            latents=painter.initial_latents(pipeline, jobs, height, width),
+            latents=painter.initial_latents(pipeline, requests, height, width),
             output_type="latent",
             callback_on_step_end=switch,
         )

@@ -68,7 +68,7 @@ def test_a_damaged_file_and_missing_flags_get_one_line(quant_model: Path, tmp_pa
     (tmp_path / "quant_model.pt").write_bytes(quant_model.read_bytes()[:-100])
     for flags, message in (
         (["-qm", tmp_path, "--describe"], "damaged or not a quant_model.pt"),
-        (["--describe"], "--describe needs -qm FILE"),
+        (["--describe"], "--describe is for int8: give -qm FILE too"),
         (["-qm", quant_model, "-c", "a"], "give -m, a diffusers folder or hub id"),
     ):
         result = run_command(sys.executable, "text2images.py", *flags)

@@ -155,16 +155,16 @@ def test_guidance_is_paired_in_int8_where_there_is_guidance(
     quant_model: Path, model_dir: Path, flags: list[str], paired: bool
 ) -> None:
     args = text2images.parse_args(["-m", str(model_dir), "-qm", str(quant_model), "-c", "y", *flags])
-    assert text2images.run_facts(text2images.load_pipeline(args), args)["paired_guidance"] is paired
+    assert text2images.run_metadata(text2images.load_pipeline(args), args)["paired_guidance"] is paired
     args = text2images.parse_args(["-m", str(model_dir), "-c", "y"])  # not without int8
-    assert text2images.run_facts(text2images.load_pipeline(args), args)["paired_guidance"] is False
+    assert text2images.run_metadata(text2images.load_pipeline(args), args)["paired_guidance"] is False
 
 
 @pytest.mark.parametrize("flags", [["--no_paired_guidance"], ["--engine", "torch"], ["--device", "GPU"]])
 def test_flags_for_int8_are_refused_without_it(flags: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         text2images.parse_args(["-m", "x", "-c", "y", *flags])
-    assert stopped.value.code == 2 and "give -qm too" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "give -qm FILE too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("batch", "edge"), [(1, SIZE // 2), (3, SIZE // 2), (2, SIZE)])
@@ -448,8 +448,8 @@ def test_caption_of_the_original_is_its_own_file_name() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "nothing to paint"),
-        (["-c", "a", "-n", "0"], "--images_num must be at least 1"),
+        ([], "nothing to generate"),
+        (["-c", "a", "-n", "0"], "--images_num: must be at least 1"),
         (["-c", "a", "--height", "100"], "96 would do"),
         (["--captions_file", "/nowhere"], "/nowhere"),
         (["-c", "a", "-s", "-1"], "--seed"),
