@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import ctypes
 import functools
 import hashlib
 import inspect
@@ -30,6 +31,7 @@ import re
 import reprlib
 import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -1132,8 +1134,7 @@ def cached(file: Path, name: str, write: Callable[[Path], None]) -> Path:
     Raises:
         UsageError: it cannot be written to either.
     """
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd-unet-int8"
-    folders, problems = [file.with_suffix(".openvino") / name, user_cache / name], []
+    folders, problems = [file.with_suffix(".openvino") / name, user_cache() / name], []
     for folder in folders:
         if is_whole(folder):
             return folder
@@ -1154,6 +1155,10 @@ def cached(file: Path, name: str, write: Callable[[Path], None]) -> Path:
         f"-qm {file}: the OpenVINO model of it was not written to {' or '.join(problems)}: free space there, or set "
         "XDG_CACHE_HOME to a folder that has some"
     )
+
+
+def user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd-unet-int8"
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -1245,6 +1250,9 @@ class OpenVINOUNet(UNet2DConditionModel):
         """
         self.shapes, self.compiled = shapes, []  # frees the memory of the one before
         file = quant_model_file(self.args.quantized_model_name_or_path)
+        pixels = math.prod(shapes[0][2:])
+        may_be_long = self.settings.get("INFERENCE_PRECISION_HINT") == "bf16" and pixels >= LONG_ATTENTION
+        long_attention = long_attention_operation() if may_be_long else None
 
         def write(folder: Path) -> None:
             logger.info(f"compiling for {shapes[0]} latents: this is done once for each size and batch")
@@ -1252,10 +1260,13 @@ class OpenVINOUNet(UNet2DConditionModel):
             model.reshape(dict(enumerate(shapes)))
             if not self.quantize_inputs:
                 leave_inputs_in_float(model)
+            if long_attention is not None:
+                replace_long_attention(model, long_attention)
             compiled = self.core.compile_model(model, self.args.device, self.settings)
             (folder / "unet.blob").write_bytes(compiled.export_model().getbuffer())
 
-        name = f"{self.name}-{digest(shapes, self.quantize_inputs, self.settings, self.about_device)}"
+        made_of = shapes, self.quantize_inputs, self.settings, self.about_device, long_attention is not None
+        name = f"{self.name}-{digest(*made_of)}"
         blob = cached(file, name, write) / "unet.blob"
         with open(blob, "rb") as opened:
             memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -1330,6 +1341,129 @@ def kernels_are_exact(device: str) -> bool:
         model = trace(int8, {"x": x}, {"x": list(x.shape)}, "y")
         compiled = openvino_core().compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32"})
         if not np.allclose(compiled([x.numpy()])[0], int8(x)):
+            return False
+    return True
+
+
+# ---------------------------------------------------------------- long self-attention on CPUs with bf16 products
+
+ATTENTION_SOURCE = Path(__file__).with_name("amx_attention.cpp")
+ATTENTION_WIDTHS = (40, 64, 80, 160)  # of a head: those of SD 1.x, 2.x and SDXL
+LONG_ATTENTION = 1024  # tokens; with fewer, OpenVINO's own attention takes no longer: benchmarks/attention.py
+
+
+def replace_long_attention(model: Any, operation: type) -> None:
+    """Have amx_attention.cpp compute the long self-attentions of a model whose sizes are fixed.
+
+    It takes [B, L, heads, D] as it is, where OpenVINO's own has q, k, v and its output transposed.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "ScaledDotProductAttention" or node.get_input_size() != 3:  # the latter has a mask
+            continue
+        length, width = list(node.get_input_shape(1))[2:]
+        transposed = [node.input_value(number).get_node() for number in range(3)]
+        readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
+        if length < LONG_ATTENTION or width not in ATTENTION_WIDTHS:
+            continue
+        if all(other.get_type_name() == "Transpose" for other in transposed + readers):
+            attention = operation([other.input_value(0) for other in transposed])
+            for reader in readers:
+                reader.output(0).replace(attention.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+@functools.cache
+def long_attention_operation() -> type | None:
+    """OpenVINO's operation that calls amx_attention.cpp; None where that cannot be used, and the log says why."""
+    try:
+        library = load_attention()
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        logger.info(f"attention by OpenVINO's own kernel, not by amx_attention.cpp: {reason}")
+        return None
+
+    class LongAttention(import_openvino().Op):
+        def __init__(self, inputs: Any = None) -> None:
+            super().__init__(self, inputs)
+
+        def validate_and_infer_types(self) -> None:
+            self.set_output_type(0, self.get_input_element_type(0), self.get_input_partial_shape(0))
+
+        def clone_with_new_inputs(self, inputs: Any) -> Any:
+            return LongAttention(inputs)
+
+        def visit_attributes(self, visitor: Any) -> bool:
+            return True
+
+        def has_evaluate(self) -> bool:
+            return True
+
+        def evaluate(self, outputs: Any, inputs: Any) -> bool:
+            outputs[0].shape = inputs[0].shape
+            attend(library, *(tensor.data for tensor in [*inputs, outputs[0]]))
+            return True
+
+    openvino_core().add_extension(LongAttention)  # by which compiled models, too, find it
+    return LongAttention
+
+
+def load_attention() -> ctypes.CDLL:
+    """amx_attention.cpp, built for this CPU by the C++ compiler that is there, once for each version of all these.
+
+    It is kept in the user's cache folder alone: it is code, and the folder of a quant_model.pt may be somebody else's.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it cannot be built or loaded here, or what it computes is wrong.
+    """
+    if "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise OSError("the CPU has no bf16 products (AMX or AVX512-BF16)")
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None:
+        raise OSError("there is no C++ compiler")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    openvino = Path(import_openvino().__file__).parent  # comes with TBB, in whose threads both compute
+    cpu = re.search(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.M)
+    made_of = ATTENTION_SOURCE.read_text(), compiler, version, str(openvino), cpu and cpu[0]
+    folder = user_cache() / f"attention-{digest(*made_of)}"
+    if not is_whole(folder):
+        logger.info("building amx_attention.cpp for this CPU: this is done once")
+        write_folder(folder, lambda partial: build_attention(compiler, openvino, partial / "attention.so"))
+    if folder.stat().st_uid != os.getuid():
+        raise OSError(f"{folder} is another user's")
+    library = ctypes.CDLL(str(folder / "attention.so"))
+    if not attention_is_right(library):
+        raise OSError("on this CPU, it computes something else")
+    return library
+
+
+def build_attention(compiler: str, openvino: Path, output: Path) -> None:
+    tbb = next((openvino / "libs").glob("libtbb.so.*"), None)
+    if tbb is None:
+        raise OSError(f"{openvino / 'libs'} has no libtbb.so")
+    flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{openvino / 'include'}"]
+    libraries = [str(tbb), f"-Wl,-rpath,{tbb.parent}"]
+    command = [compiler, *flags, str(ATTENTION_SOURCE), "-o", str(output), *libraries]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def attend(library: ctypes.CDLL, q: np.ndarray, k: np.ndarray, v: np.ndarray, output: np.ndarray) -> None:
+    """output = softmax(q kᵀ / √D) v; q and output [B, L, heads, D], k and v [B, L', heads, D], contiguous fp32."""
+    batch, queries, heads, width = q.shape
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (q, k, v, output)]
+    sizes = [ctypes.c_int64(size) for size in (batch, queries, k.shape[1], heads, width)]
+    if library.attention_fp32(*pointers, *sizes, torch.get_num_threads()) != 0:
+        raise OSError(f"the system gives no tile registers, or heads of width {width} are not in it")
+
+
+def attention_is_right(library: ctypes.CDLL) -> bool:
+    """Whether it computes softmax attention, for weights that are nearly equal, and for some that are nearly 1."""
+    generator = torch.Generator().manual_seed(0)
+    for width, size in itertools.product(ATTENTION_WIDTHS, (1, 20)):
+        q, k, v = (torch.randn(2, length, 2, width, generator=generator) for length in (35, 300, 300))
+        output = torch.empty_like(q)
+        attend(library, *(tensor.numpy() for tensor in (q * size, k, v, output)))
+        exact = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q * size, k, v))).transpose(1, 2)
+        if not torch.linalg.norm(output - exact) <= 0.05 * torch.linalg.norm(exact):
             return False
     return True
 

@@ -1,0 +1,248 @@
+"""amx_attention.cpp: what it computes, by the CPU's bf16 instructions and by AMX's, emulated; and where it is used."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import text2images
+from conftest import ROOT
+
+CPU_FLAGS = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").is_file() else set()
+COMPILER = shutil.which(os.environ.get("CXX") or "c++")
+needs_attention = pytest.mark.skipif(
+    COMPILER is None or "avx512_bf16" not in CPU_FLAGS, reason="no C++ compiler, or no AVX512-BF16"
+)
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
+    """As text2images.py builds it, and with AMX's tiles emulated, which tests all but their speed on any such CPU."""
+    folder = tmp_path_factory.mktemp("attention")
+    openvino = Path(text2images.import_openvino().__file__).parent
+    emulating = folder / "emulating"  # a compiler, as far as text2images.py can see
+    emulating.write_text(f'#!/bin/sh\nexec "{COMPILER}" -DEMULATED_TILES=\'"{ROOT}/tests/emulated_tiles.h"\' "$@"\n')
+    emulating.chmod(0o755)
+    for name, compiler in {"native": COMPILER, "emulated AMX": str(emulating)}.items():
+        text2images.build_attention(compiler, openvino, folder / f"{name}.so")
+    return {path.stem: ctypes.CDLL(str(path)) for path in folder.glob("*.so")}
+
+
+@pytest.fixture(params=["native", "emulated AMX"])
+def library(request: pytest.FixtureRequest, libraries: dict[str, ctypes.CDLL]) -> ctypes.CDLL:
+    return libraries[request.param]
+
+
+def attend(library: ctypes.CDLL, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    output = torch.full_like(q, 12345.0)
+    text2images.attend(library, *(tensor.numpy() for tensor in (q, k, v, output)))
+    return output
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def error(output: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(torch.linalg.norm(output - expected) / torch.linalg.norm(expected))
+
+
+def random_inputs(width: int, queries: int, keys: int, heads: int = 3) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(width * queries + keys)
+    return tuple(torch.randn(2, length, heads, width, generator=generator) for length in (queries, keys, keys))
+
+
+@needs_attention
+@pytest.mark.parametrize("width", text2images.ATTENTION_WIDTHS)
+@pytest.mark.parametrize("lengths", [(1, 1), (31, 31), (33, 77), (77, 33), (1000, 1000), (70, 257), (5, 513)], ids=str)
+@pytest.mark.parametrize("size", [0.01, 1.0, 8.0])
+def test_attention_errs_no_more_than_pytorchs_in_bf16(
+    library: ctypes.CDLL, width: int, lengths: tuple[int, int], size: float
+) -> None:
+    q, k, v = random_inputs(width, *lengths)
+    q = q * size
+    expected = exact(q, k, v)
+    pytorchs = exact(*(x.bfloat16() for x in (q, k, v))).bfloat16()  # only inputs and outputs rounded
+    assert error(attend(library, q, k, v), expected) <= 1.3 * error(pytorchs, expected) + 2e-3
+
+
+@needs_attention
+@pytest.mark.parametrize("width", [40, 160])
+def test_scores_of_200_and_more_neither_overflow_nor_vanish(library: ctypes.CDLL, width: int) -> None:
+    """One key dominates, or all but that one do."""
+    q, k, v = torch.ones(1, 64, 1, width), torch.zeros(1, 400, 1, width), random_inputs(width, 1, 400, 1)[2][:1]
+    k[0, :, 0, 0] = 1.0
+    for dominant, value in ((7, 4096.0), (300, 2048.0), (399, 1e30)):
+        k[0, :, 0, 1] = -value
+        k[0, dominant, 0, 1] = value
+        for sign in (1, -1):  # and all but that key, by the same weight
+            assert error(attend(library, sign * q, k, v), exact(sign * q, k, v)) < 5e-3
+            assert torch.isfinite(attend(library, sign * q, k, v)).all()
+
+
+@needs_attention
+def test_equal_scores_give_the_mean(library: ctypes.CDLL) -> None:
+    q, k, v = random_inputs(64, 50, 1000)
+    for equal in (torch.zeros_like(k), torch.full_like(k, 3.0), torch.full_like(k, -1e4)):
+        expected = v.double().mean(dim=1, keepdim=True).expand_as(q)
+        assert (attend(library, q, equal, v) - expected).abs().max() < 2e-3  # of numbers of size 1
+
+
+@needs_attention
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["q", "k", "v"])
+def test_what_is_not_finite_spoils_what_it_does_in_pytorch(library: ctypes.CDLL, bad: float, place: str) -> None:
+    inputs = dict(zip("qkv", random_inputs(40, 70, 90)))
+    inputs[place][1, 5, 2, 11] = bad
+    output, expected = attend(library, **inputs), exact(**inputs)
+    finite = torch.isfinite(expected).all(dim=-1)
+    assert torch.equal(torch.isfinite(output).all(dim=-1), finite)
+    assert error(output[finite], expected[finite]) < 0.01
+
+
+@needs_attention
+def test_a_width_without_kernel_is_refused(library: ctypes.CDLL) -> None:
+    with pytest.raises(OSError, match="width 48"):
+        attend(library, *random_inputs(48, 40, 40))
+
+
+@needs_attention
+def test_bf16_inputs_are_taken_as_they_are(library: ctypes.CDLL) -> None:
+    q, k, v = (x.bfloat16() for x in random_inputs(80, 33, 300))
+    output = torch.empty_like(q)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (q, k, v, output)]
+    sizes = [ctypes.c_int64(size) for size in (2, 33, 300, 3, 80)]
+    assert library.attention_bf16(*pointers, *sizes, 1) == 0
+    expected = exact(q, k, v)
+    pytorchs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    assert error(output, expected) <= 1.2 * error(pytorchs, expected)
+
+
+@needs_attention
+def test_threads_and_batches_change_nothing(library: ctypes.CDLL) -> None:
+    q, k, v = random_inputs(40, 300, 1100)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = attend(library, q, k, v)
+        torch.set_num_threads(3)
+        assert torch.equal(attend(library, q, k, v), one)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(attend(library, *(x[1:].contiguous() for x in (q, k, v))), one[1:])
+
+
+# ---------------------------------------------------------------- in text2images.py
+
+
+def attention_model(length: int, width: int, mask: bool = False):
+    """OpenVINO's model of one self-attention, as diffusers has it: [B, L, 2 heads, D] in and out."""
+    ov = text2images.import_openvino()
+    ops, order = ov.opset13, np.array([0, 2, 1, 3])
+    inputs = [ops.parameter([1, length, 2, width], ov.Type.f32, name=name) for name in "qkv"]
+    transposed = [ops.transpose(tensor, ops.constant(order)) for tensor in inputs]
+    more = [ops.constant(np.zeros((length, length), np.float32))] if mask else []
+    attention = ops.scaled_dot_product_attention(*transposed, *more, causal=False)
+    return ov.Model([ops.multiply(ops.transpose(attention, ops.constant(order)), ops.constant(np.float32(2)))], inputs)
+
+
+def operations(model) -> list[str]:
+    return [node.get_type_name() for node in model.get_ops()]
+
+
+@needs_attention
+def test_only_long_self_attentions_without_mask_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    operation = text2images.long_attention_operation()
+    for length, width, mask in ((1024, 40, False), (1023, 40, False), (1024, 48, False), (1024, 40, True)):
+        model = attention_model(length, width, mask)
+        text2images.replace_long_attention(model, operation)
+        replaced = (length, width, mask) == (1024, 40, False)
+        assert ("LongAttention" in operations(model), "ScaledDotProductAttention" in operations(model)) == (
+            replaced,
+            not replaced,
+        )
+
+
+@needs_attention
+def test_openvino_runs_it_also_from_a_compiled_model_on_disk() -> None:
+    core, operation = text2images.openvino_core(), text2images.long_attention_operation()
+    model = attention_model(1024, 64)
+    inputs = [tensor.numpy() for tensor in random_inputs(64, 1024, 1024, heads=2)]
+    inputs = [np.ascontiguousarray(array[:1]) for array in inputs]
+    expected = 2 * exact(*map(torch.from_numpy, inputs))
+    text2images.replace_long_attention(model, operation)
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    loaded = core.import_model(compiled.export_model(), "CPU", {})
+    for each in (compiled, loaded):
+        assert error(torch.from_numpy(each(inputs)[0]), expected) < 0.01
+
+
+@pytest.mark.parametrize("problem", ["no bf16", "no compiler", "failing compiler", "wrong results"])
+def test_without_it_attention_is_openvinos_own_and_one_line_says_why(
+    problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    capabilities = ["FP32"] if problem == "no bf16" else ["FP32", "BF16"]
+
+    class Core:
+        def get_property(self, device: str, name: str) -> list[str]:
+            return capabilities
+
+    monkeypatch.setattr(text2images, "openvino_core", lambda: Core())
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'amx_attention.cpp:1: no such thing' >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "none") if problem == "no compiler" else str(compiler))
+    if problem == "wrong results":
+        monkeypatch.setattr(text2images, "build_attention", lambda compiler, openvino, output: output.write_bytes(b"0"))
+        monkeypatch.setattr(text2images.ctypes, "CDLL", lambda path: None)
+        monkeypatch.setattr(text2images, "attention_is_right", lambda library: False)
+    with caplog.at_level(logging.INFO, "text2images"):
+        assert text2images.long_attention_operation.__wrapped__() is None  # without what it found before
+    said = {"no bf16": "bf16 products", "no compiler": "no C++ compiler", "failing compiler": "no such thing"}
+    lines = [record.message for record in caplog.records if "by OpenVINO's own kernel" in record.message]
+    assert len(lines) == 1 and said.get(problem, "computes something else") in lines[0]
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+@needs_attention
+def test_it_is_built_once_and_anew_when_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = []
+
+    def build(compiler: str, openvino: Path, output: Path) -> None:
+        built.append(output)
+        shutil.copy(good, output)
+
+    text2images.load_attention()
+    (folder,) = (tmp_path / "sd-unet-int8").glob("attention-*")
+    good = shutil.copy(folder / "attention.so", tmp_path)
+    monkeypatch.setattr(text2images, "build_attention", build)
+    text2images.load_attention()
+    assert not built
+    (folder / "attention.so").unlink()
+    (folder / "attention.so").write_bytes(b"damaged")
+    text2images.load_attention()
+    assert len(built) == 1
+
+
+@needs_attention
+def test_a_library_that_leaves_out_keys_is_not_used(libraries: dict[str, ctypes.CDLL]) -> None:
+    def fewer_keys(*arguments) -> int:
+        *first, keys, heads, width, threads = arguments
+        return libraries["native"].attention_fp32(*first, ctypes.c_int64(keys.value - 16), heads, width, threads)
+
+    assert text2images.attention_is_right(libraries["native"])
+    assert not text2images.attention_is_right(SimpleNamespace(attention_fp32=fewer_keys))
