@@ -1436,13 +1436,13 @@ def load_attention() -> ctypes.CDLL:
     return library
 
 
-def build_attention(compiler: str, openvino: Path, output: Path) -> None:
+def build_attention(compiler: str, openvino: Path, output: Path, source: Path = ATTENTION_SOURCE) -> None:
     tbb = next((openvino / "libs").glob("libtbb.so.*"), None)
     if tbb is None:
         raise OSError(f"{openvino / 'libs'} has no libtbb.so")
     flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{openvino / 'include'}"]
     libraries = [str(tbb), f"-Wl,-rpath,{tbb.parent}"]
-    command = [compiler, *flags, str(ATTENTION_SOURCE), "-o", str(output), *libraries]
+    command = [compiler, *flags, str(source), "-o", str(output), *libraries]
     subprocess.run(command, capture_output=True, text=True, check=True)
 
 

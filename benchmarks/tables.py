@@ -219,6 +219,25 @@ def operators(result: Row) -> Content:
     return content
 
 
+@table("attention", "attention.json", scripts=("amx_attention.cpp", "benchmarks/attention.py"))
+def attention(result: Row) -> Content:
+    """Long self-attention beside PyTorch's and OpenVINO's."""
+    names = ("PyTorch", "OpenVINO", "amx_attention.cpp")
+    content = Content(["heads, tokens, width; threads", *(f"{name}, ms" for name in names), "of its limit", "errors"])
+    cases: dict[tuple, dict[str, Row]] = {}
+    for row in result.get("rows", []):
+        case = row["heads"], row["tokens"], row["width"], row["threads"]
+        cases.setdefault(case, {})[row["name"]] = row
+    for (heads, tokens, width, threads), rows in cases.items():
+        base = rows["PyTorch"]["seconds"] * 1e3
+        times = [with_ratio(rows[name]["seconds"] * 1e3, base, 1) for name in names]
+        errors = " / ".join(f"{rows[name]['error']:.4f}" for name in names)
+        share = f"{rows[names[-1]]['limit_share']:.0%}"
+        content.rows.append([f"{heads}, {tokens:,}, {width}; {threads}", *times, share, errors])
+    content.missing = [] if content.rows else ["attention (benchmarks/attention.py)"]
+    return content
+
+
 def whole_runs(result: Row) -> Content:
     content = Content(["UNet, denoising steps", "s", "to fp32", "until the first step, s", "peak GiB"])
     for row in result.get("rows", []):

@@ -1,0 +1,155 @@
+#!/usr/bin/env python
+"""Self-attention by amx_attention.cpp, by PyTorch and by OpenVINO in bf16, interleaved: time, and error to fp64.
+
+The sizes are those of SD v1.5 and SDXL at their training resolutions, batch 2 as with guidance. "seconds" is the
+median, "limit_seconds" what the kernel's products and exponentials take when all they need is in the L1 cache (their
+sum, or the larger of both where AMX computes products beside the exponentials), "limit_share" that over "seconds".
+
+    python benchmarks/attention.py --output benchmarks/results/attention.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import text2images  # noqa: E402
+from output import machine, write_json  # noqa: E402
+
+Size = tuple[int, int, int]  # heads, tokens, width of a head
+SIZES: list[Size] = [(8, 4096, 40), (8, 1024, 80), (8, 256, 160), (10, 4096, 64), (20, 1024, 64)]
+BATCH = 2
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v: [B, L, heads, D]
+
+
+def by_pytorch(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    rounded = [tensor.bfloat16().transpose(1, 2) for tensor in inputs]
+    return lambda: F.scaled_dot_product_attention(*rounded).transpose(1, 2)
+
+
+def by_openvino(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """Its fused attention, inputs and output in bf16, as inside of a UNet."""
+    ov = text2images.import_openvino()
+    ops, order = ov.opset13, np.array([0, 2, 1, 3])
+    parameters = [ops.parameter(list(tensor.shape), ov.Type.bf16) for tensor in inputs]
+    transposed = [ops.transpose(parameter, ops.constant(order)) for parameter in parameters]
+    output = ops.transpose(ops.scaled_dot_product_attention(*transposed, causal=False), ops.constant(order))
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16", "ENABLE_CPU_PINNING": False}
+    settings |= {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    model = ov.Model([output], parameters)
+    request = text2images.openvino_core().compile_model(model, "CPU", settings).create_infer_request()
+    tensors = [ov.Tensor(ov.Type.bf16, ov.Shape(list(tensor.shape))) for tensor in inputs]
+    for number, (tensor, source) in enumerate(zip(tensors, inputs)):
+        tensor.data.view(np.int16)[...] = source.bfloat16().view(torch.int16).numpy()
+        request.set_input_tensor(number, tensor)
+
+    def run() -> torch.Tensor:
+        request.infer()
+        return torch.from_numpy(request.get_output_tensor(0).data.view(np.int16)).view(torch.bfloat16)
+
+    return run
+
+
+def by_kernel(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """fp32 in and out, as OpenVINO calls it."""
+    library, output = text2images.load_attention(), torch.empty_like(inputs[0])
+
+    def run() -> torch.Tensor:
+        text2images.attend(library, *(tensor.numpy() for tensor in (*inputs, output)))
+        return output
+
+    return run
+
+
+VARIANTS = {"amx_attention.cpp": by_kernel, "PyTorch": by_pytorch, "OpenVINO": by_openvino}
+
+
+def measure(size: Size, threads: int, rounds: int, limit: Callable[[Size], float]) -> list[dict[str, Any]]:
+    """A row for each variant."""
+    heads, length, width = size
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    inputs = tuple(torch.randn(BATCH, length, heads, width, generator=generator) for _ in range(3))
+    variants = {name: make(inputs) for name, make in VARIANTS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds + 1):
+        for name, run in variants.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    head = tuple(tensor[:1, :, :1] for tensor in inputs)
+    exact = F.scaled_dot_product_attention(*(tensor.double().transpose(1, 2) for tensor in head)).transpose(1, 2)
+    rows = []
+    for name, run in variants.items():
+        row = {"name": name, "heads": heads, "tokens": length, "width": width, "threads": threads}
+        row["seconds"] = statistics.median(seconds[name][1:])
+        row["ratio_to_pytorch"] = row["seconds"] / statistics.median(seconds["PyTorch"][1:])
+        row["error"] = float(torch.linalg.norm(run()[:1, :, :1] - exact) / torch.linalg.norm(exact))
+        if name == "amx_attention.cpp":
+            row["limit_seconds"] = limit(size) / threads
+            row["limit_share"] = row["limit_seconds"] / row["seconds"]
+        rows.append(row)
+    return rows
+
+
+def build_limits(folder: Path) -> Callable[[Size], float]:
+    """A function that gives the least seconds, on one thread, of an attention of these sizes."""
+    openvino = Path(text2images.import_openvino().__file__).parent
+    path = folder / "limits.so"
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    text2images.build_attention(compiler, openvino, path, ROOT / "benchmarks/attention_limits.cpp")
+    library = ctypes.CDLL(str(path))
+
+    def limit(size: Size) -> float:
+        heads, length, width = size
+        parts = (ctypes.c_double * 3)()
+        if library.measure_limits(width, parts) != 0:
+            raise SystemExit(f"no kernel for heads of width {width} on this CPU")
+        score, values, exponentials = parts
+        beside = "amx_bf16" in machine()["flags"]
+        one = max(score + values, exponentials) if beside else score + values + exponentials
+        return one * BATCH * heads * (length / 32) ** 2
+
+    return limit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each variant, after one that warms up")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--output", type=Path, help="the JSON to write")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        limit, cases = build_limits(Path(folder)), itertools.product(SIZES, args.threads)
+        rows = [row for size, threads in cases for row in measure(size, threads, args.rounds, limit)]
+    for row in rows:
+        share = f"{row['limit_share']:.0%} of the limit" if "limit_share" in row else ""
+        print(
+            f"{row['heads']:3} heads, {row['tokens']} tokens, width {row['width']:3}, {row['threads']} threads: "
+            f"{row['name']:18} {row['seconds'] * 1e3:8.2f} ms, {row['ratio_to_pytorch']:.2f} of PyTorch's, "
+            f"error {row['error']:.1e} {share}"
+        )
+    if args.output is not None:
+        rows = [{key: round(x, 6) if isinstance(x, float) else x for key, x in row.items()} for row in rows]
+        write_json({"batch": BATCH, "rows": rows}, args.output)
+
+
+if __name__ == "__main__":
+    main()
