@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import logging
 import os
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 
 import text2images
+import unet_step
 from conftest import ROOT
 
 CPU_FLAGS = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").is_file() else set()
@@ -246,3 +249,42 @@ def test_a_library_that_leaves_out_keys_is_not_used(libraries: dict[str, ctypes.
 
     assert text2images.attention_is_right(libraries["native"])
     assert not text2images.attention_is_right(SimpleNamespace(attention_fp32=fewer_keys))
+
+
+@needs_attention
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_int8_unet_computes_the_same_with_it_also_when_loaded_again(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the graph of 1,024 tokens and more where the float layers are in bf16, and in no other."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    sizes = {"block_out_channels": (80,), "attention_head_dim": 2, "cross_attention_dim": 32, "norm_num_groups": 8}
+    UNet2DConditionModel(**blocks, **sizes, layers_per_block=1).save_pretrained(tmp_path / "unet")
+    args = argparse.Namespace(model=tmp_path / "unet", work_dir=tmp_path, shape=(2, 32))
+    file = unet_step.write_ours(args)
+    calls = []
+
+    def counting(*arguments) -> None:
+        calls.append(arguments)
+        attend_by_library(*arguments)
+
+    attend_by_library = text2images.attend
+    monkeypatch.setattr(text2images, "attend", counting)
+
+    def output(dtype: str, edge: int = 32) -> tuple[torch.Tensor, int]:
+        flags = text2images.parse_args(["-m", "x", "-c", "x", "-qm", str(file), "--dtype", dtype])
+        unet = text2images.OpenVINOUNet(text2images.read_quant_model(file), flags)
+        calls.clear()
+        sample, timestep, text = unet_step.example(args, unet.config, torch.float32)
+        return unet(sample[:, :, :edge], timestep, text)[0], len(calls)
+
+    (once, used), (again, used_again), (_, used_for_less) = output(dtype), output(dtype), output(dtype, edge=30)
+    assert used == used_again == (4 if dtype == "bfloat16" else 0) and used_for_less == 0
+    assert torch.equal(once, again)
+    monkeypatch.setattr(text2images, "long_attention_operation", lambda: None)
+    (without, unused), (fp32, _) = output(dtype), output("float32")
+    assert unused == 0
+    if dtype == "bfloat16":
+        assert error(once, fp32) < 1.2 * error(without, fp32)
