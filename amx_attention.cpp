@@ -1,7 +1,8 @@
 // Attention for long sequences on CPUs with bf16 instructions: softmax(q kᵀ / √D) v.
 //
 // text2images.py builds this file with the C++ compiler that is there, and OpenVINO's model of the UNet then calls it
-// for its long self-attentions. Products are in bf16 with fp32 sums; inputs and outputs are fp32 or bf16, [B, L, heads, D].
+// for its long self-attentions. Products are in bf16 with fp32 sums. Inputs and outputs are fp32 or bf16, and have the
+// layout [B, L, heads, D].
 //
 // How a head is computed, 32 queries at a time, over keys in chunks of 256:
 //   scores   S [32, 32 keys] = q kᵀ       (product of two packed matrices)
@@ -16,8 +17,8 @@
 // AVX512-BF16 and no AMX have an instruction that does so for one row of a tile: it runs on the same packed matrices.
 //
 // Why no running maximum is needed where |q| |k| is bounded: by Cauchy and Schwarz, c q k lies between -B and B, with
-// B := c |q| max |k|. So with m = 0 and B <= 80, the sum of a million weights is between 2^-80 and 2^100: fp32 and bf16,
-// which reach from 2^-126 to 2^127, hold that with all their digits. Where keys are fp32, their mean is subtracted from
+// B := c |q| max |k|. So with m = 0 and B <= 80, the sum of a million weights lies between 2^-80 and 2^100: fp32 and
+// bf16, which reach from 2^-126 to 2^127, hold that with all their digits. Where keys are fp32, their mean is subtracted from
 // each before they are rounded: that leaves softmax as it is, makes the rounding smaller (as in SageAttention, arXiv
 // 2410.02367), and, as the scores of a query then have mean 0, the largest lies between 0 and B: m = B / 2 allows
 // B <= 160. (Rounding to bf16 moves a score by less than B / 100.) For queries with a larger B, or one that is not a
@@ -105,9 +106,9 @@ __m512 exp2(__m512 x, __mmask16 valid) {
 #if defined(__AMX_BF16__) || defined(EMULATED_TILES)
 
 struct __attribute__((packed)) TileShapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    uint8_t palette = 0, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {};
+    uint8_t rows[16] = {};
 };
 
 // The kernel gives a process tile registers when asked; 18 is their number among the register states.
@@ -119,18 +120,32 @@ bool tiles_allowed() {
 #endif
 }
 
-struct Tiles {  // for as long as a thread computes
+// GCC does not know how much of memory the instructions on tiles read and write: what is written before this is there.
+inline void all_written() { asm volatile("" ::: "memory"); }
+
+// All eight tiles have 16 rows of 64 bytes for as long as a thread computes here. Then it gets back the shapes it had:
+// OpenVINO's kernels remember which they have set.
+class Tiles {
+    TileShapes before;
+
+public:
     Tiles() {
-        const TileShapes shapes;
+        _tile_storeconfig(&before);
+        all_written();
+        TileShapes shapes;
+        shapes.palette = 1;
+        std::fill(shapes.bytes_per_row, shapes.bytes_per_row + 8, 64);
+        std::fill(shapes.rows, shapes.rows + 8, 16);
+        all_written();
         _tile_loadconfig(&shapes);
     }
-    ~Tiles() { _tile_release(); }
+    ~Tiles() { _tile_loadconfig(&before); }
 };
 
 template <bool two_columns, bool add>
 inline void product(const bf16* a, int64_t a_step, int64_t a_row, const bf16* b, int64_t b_step, int64_t b_column,
                     float* c, int depth, int) {
-    asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory: what was written before is there
+    all_written();
     if (!add) {
         _tile_zero(0);
         _tile_zero(1);
@@ -330,8 +345,8 @@ struct Block {
         }
     }
 
-    // Online softmax: finds each query's largest score so far, subtracts it from the chunk's scores, and scales what was
-    // summed before. (Subtracting it first is exact where it matters; c times a large score is not.)
+    // Online softmax: finds each query's largest score so far, subtracts it from the chunk's scores, and scales what
+    // was summed before. (Subtracting it first is exact where it matters; c times a large score is not.)
     void subtract_largest(int64_t keys) {
         const auto score_row = [&](int64_t n, int r) {
             return scores + (n / KEYS * 4 + n % KEYS / TILE * 2 + r / TILE) * TILE_FP32 + r % TILE * TILE;
@@ -404,6 +419,7 @@ struct Block {
 template <int D, class T>
 void attend(const T* q, const T* k, const T* v, T* out, const Sizes& sizes) {
     using Head = Packed<D>;
+    using Range = tbb::blocked_range<int64_t>;
     const int64_t stride = sizes.heads * D, heads = sizes.batch * sizes.heads;
     const int64_t key_size = ceil_div(sizes.keys, KEYS) * 2 * Head::KEY_TILES * TILE_BF16;
     const int64_t value_size = ceil_div(sizes.keys, KEYS) * Head::VALUE_TILES * TILE_BF16;
@@ -413,7 +429,7 @@ void attend(const T* q, const T* k, const T* v, T* out, const Sizes& sizes) {
         return head / sizes.heads * length * stride + head % sizes.heads * D;
     };
     // Keys and values are packed once, for all queries; then all blocks of queries of all heads are shared out.
-    tbb::parallel_for(tbb::blocked_range<int64_t>(0, heads, 1), [&](const tbb::blocked_range<int64_t>& range) {
+    tbb::parallel_for(Range(0, heads, 1), [&](const Range& range) {
         for (int64_t head = range.begin(); head < range.end(); head++) {
             packed[head].keys = keys.get() + head * key_size;
             packed[head].values = values.get() + head * value_size;
@@ -422,7 +438,7 @@ void attend(const T* q, const T* k, const T* v, T* out, const Sizes& sizes) {
         }
     });
     const int64_t blocks = ceil_div(sizes.queries, QUERIES), grain = std::max<int64_t>(1, blocks / 16);
-    tbb::parallel_for(tbb::blocked_range<int64_t>(0, heads * blocks, grain), [&](const tbb::blocked_range<int64_t>& range) {
+    tbb::parallel_for(Range(0, heads * blocks, grain), [&](const Range& range) {
         [[maybe_unused]] const Tiles tiles;
         const auto block = allocate<Block<D>>(1);
         for (int64_t number = range.begin(); number < range.end(); number++) {
@@ -449,8 +465,8 @@ bool attend(const T* q, const T* k, const T* v, T* out, const Sizes& sizes, int6
 
 }  // namespace
 
-// q, out [batch, queries, heads, width], k, v [batch, keys, heads, width]. Nonzero: there is no kernel for this width, or
-// the system gives no tile registers; `out` is then untouched.
+// q, out [batch, queries, heads, width]; k, v [batch, keys, heads, width]. Returns 1, and leaves `out` alone, if there is
+// no kernel for this width, or if the system gives no tile registers.
 #define ATTENTION(NAME, TYPE)                                                                                      \
     extern "C" int NAME(const TYPE* q, const TYPE* k, const TYPE* v, TYPE* out, int64_t batch, int64_t queries,    \
                         int64_t keys, int64_t heads, int64_t width, int threads) {                                 \

@@ -1,5 +1,6 @@
-// AMX's tile instructions in plain C++, so that a CPU without AMX can test what amx_attention.cpp does with them.
-// Written from Intel's Software Developer's Manual: TILELOADD, TILESTORED and TDPBF16PS, all tiles 16 rows of 64 bytes.
+// AMX's tile instructions in plain C++, so that a CPU without AMX can test what amx_attention.cpp does with them: after
+// Intel's Software Developer's Manual, LDTILECFG, STTILECFG, TILELOADD, TILESTORED, TILEZERO and TDPBF16PS, for tiles of
+// 16 rows of 64 bytes.
 
 #pragma once
 
@@ -13,10 +14,13 @@ struct Tile {
 };
 
 inline thread_local Tile tiles[8];
-inline thread_local bool configured = false;
+inline thread_local uint8_t shapes[64];  // palette, start row, 14 zeros, 16 x bytes per row, 16 x rows
 
 inline void need_configuration() {
-    if (!configured) __builtin_trap();  // as the CPU would
+    bool full = shapes[0] == 1;
+    for (int tile = 0; tile < 8; tile++)
+        full = full && shapes[16 + 2 * tile] == 64 && shapes[17 + 2 * tile] == 0 && shapes[48 + tile] == 16;
+    if (!full) __builtin_trap();  // as the CPU would
 }
 
 inline void load(int tile, const void* from, int64_t stride) {
@@ -58,13 +62,13 @@ inline void multiply_add(int sum, int first, int second) {
 }  // namespace emulated
 
 #undef _tile_loadconfig
-#undef _tile_release
+#undef _tile_storeconfig
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
 #undef _tile_zero
-#define _tile_loadconfig(shapes) ((void)(shapes), emulated::configured = true)
-#define _tile_release() (emulated::configured = false)
+#define _tile_loadconfig(from) std::memcpy(emulated::shapes, from, 64)
+#define _tile_storeconfig(to) std::memcpy(to, emulated::shapes, 64)
 #define _tile_loadd(tile, from, stride) emulated::load(tile, from, stride)
 #define _tile_stored(tile, to, stride) emulated::store(tile, to, stride)
 #define _tile_dpbf16ps(sum, first, second) emulated::multiply_add(sum, first, second)
