@@ -61,6 +61,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders import single_file_utils
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -1147,7 +1148,7 @@ def load_part(
             logger.info(f"the {part} has no variant {args.variant}: its plain weights are used")
         missing = [key for key in info["missing_keys"] if "pooler" not in key]  # BERT's, which nothing reads
     except Exception as error:  # each library fails in ways of its own
-        raise UsageError(f"{name}: {part_problem(Path(name), part, args.variant, error)}") from error
+        raise UsageError(f"{name}: {part_problem(Path(name), part, args, error)}") from error
     if missing:
         raise UsageError(f"{name}: its {part} lacks {len(missing)} tensors, such as {min(missing)}: copy it again")
     return aligned(loaded)
@@ -1191,12 +1192,16 @@ def is_lfs_pointer(path: str | Path) -> bool:
         return file.read(40).startswith(LFS_START)
 
 
-def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseException) -> str:
+def part_problem(checkpoint: Path, part: str, args: argparse.Namespace, error: BaseException) -> str:
     """Why a part could not be loaded, and what to do about it; libraries name neither the part nor the remedy."""
     folder = checkpoint / part
     if checkpoint.is_file():
         return f"its {part} could not be loaded: {first_line(error)}; is --config a checkpoint of the same kind?"
-    if not checkpoint.is_dir():  # the hub's
+    if not checkpoint.is_dir():  # the hub's; without a network, what is in the cache
+        index = try_to_load_from_cache(str(checkpoint), "model_index.json", args.cache_dir, args.revision)
+        there = variants(Path(index).parent / part) if isinstance(index, str) else set()
+        if there and not there & {args.variant, None}:
+            return f"its {part} is in the cache only as the variant {max(there)}: give --variant {max(there)}"
         return f"its {part} could not be loaded: {first_line(error)}"
     if not folder.is_dir():
         return f"it has no folder {part}: copy the whole checkpoint"
@@ -1206,7 +1211,7 @@ def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseEx
         if not file.stat().st_size:
             return f"{part}/{file.name} is empty: copy it again"
     there = variants(folder)
-    if not part.startswith(WITHOUT_WEIGHTS) and (folder / "config.json").is_file() and not there & {variant, None}:
+    if not part.startswith(WITHOUT_WEIGHTS) and (folder / "config.json").is_file() and not there & {args.variant, None}:
         found = f"only the variant {max(there)}: give --variant {max(there)}" if there else "no weights: copy them"
         return f"its {part} has {found}"
     if isinstance(error, ImportError):
@@ -1227,7 +1232,7 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
     except UsageError:
         raise
     except Exception as error:  # of the hub, of JSON, ...
-        raise UsageError(f"{source}: {part_problem(Path(source), 'unet', args.variant, error)}") from error
+        raise UsageError(f"{source}: {part_problem(Path(source), 'unet', args, error)}") from error
     more = "class_embed_type num_class_embeds addition_embed_type class_embeddings_concat dual_cross_attention"
     for key in [*more.split(), "encoder_hid_dim_type"]:
         if config.get(key) and (key, config[key]) not in KNOWN_CONDITIONING:
@@ -1318,7 +1323,7 @@ def add_safety_checker(
         part = "safety_checker"
         if Path(name, part).is_dir() and not Path(name, "feature_extractor/preprocessor_config.json").is_file():
             part = "feature_extractor"
-        problem = part_problem(Path(name), part, args.variant, error)
+        problem = part_problem(Path(name), part, args, error)
         raise UsageError(f"{name}: {problem}, or give --disable_safety_checker") from error
 
 
