@@ -1549,14 +1549,13 @@ class StreamedImages(CaptionedImages):
         super().__init__(rows, tokenizers, args, columns)
         self.lanes = self.parts = 1  # where lanes are more than files, each reads one part of a file
         first = itertools.islice(self.pairs(0, passes=1), STREAM_BLOCK)
-        pictures, self.first_captions = zip(*((picture is not None, captions) for picture, captions in first))
-        found_here = ("image", columns.images, pictures), ("caption", columns.captions, self.first_captions)
-        for flag, names, found in found_here:
-            if not any(found):
-                raise UsageError(f"the first {len(found)} pairs have no {' or '.join(names)}: see --{flag}_column")
-        if isinstance(rows, Tars) and not any(map(all, zip(pictures, self.first_captions))):
-            remedy = "pack them so, by tar --sort=name -cf NEW.tar FOLDER with both in one folder"
-            raise UsageError(f"no picture in {rows.files[0]} has its caption next to it, of the same name: {remedy}")
+        self.first_captions = [captions for _, captions in first]
+        if not any(self.first_captions):
+            where = f"the first {len(self.first_captions)} pairs have no {' or '.join(columns.captions)}"
+            remedy = "see --caption_column"
+            if isinstance(rows, Tars):
+                remedy += ", or put both next to each other, under one name: tar --sort=name -cf NEW.tar FOLDER"
+            raise UsageError(f"{where}: {remedy}")
         self.reading: dict[int, tuple[Iterator, deque]] = {}
 
     def all_captions(self) -> Iterator[list[str]]:
@@ -1573,19 +1572,24 @@ class StreamedImages(CaptionedImages):
             turn += self.lanes
             barren.add((file, part))  # until it gives a pair
             name = self.rows.files[file] if isinstance(self.rows, Tars) else f"file {file} of the stream"
-            shard = self.rows.shard(num_shards=files, index=file)
+            shard, without = self.rows.shard(num_shards=files, index=file), 0
             try:
                 for number, block in enumerate(shard.iter(batch_size=STREAM_BLOCK)):
                     pairs = [dict(zip(block, values)) for values in zip(*block.values())][part :: self.parts]
                     generator = generator_for(self.seed, "block", epoch, file, part, number)
                     for index in torch.randperm(len(pairs), generator=generator).tolist():
-                        barren.discard((file, part))
                         pair, where = pairs[index], f"{name}, pair {number * STREAM_BLOCK + part + index * self.parts}"
-                        yield self.columns.picture(pair), self.columns.captions_in(pair, where)
+                        picture = self.columns.picture(pair)
+                        if picture is not None:
+                            barren.discard((file, part))
+                            yield picture, self.columns.captions_in(pair, where)
+                        without += picture is None
             except UsageError:
                 raise
             except Exception as error:  # a damaged file fails in many ways
                 logger.error(f"left out the rest of {name}: {first_line(error)}")
+            if without:
+                logger.warning(f"left out {without} rows of {name} that have no picture")
         if len(barren) == files * self.parts:
             raise UsageError("no file of the stream holds a pair that can be read")
 
@@ -1797,8 +1801,18 @@ def load_rows(args: argparse.Namespace) -> tuple[Any, Columns]:
             rows = rows.cast_column(name, datasets.Image(decode=False))
     rows = rows.select_columns(columns.names(features))
     if not args.streaming:
+        rows = with_pictures(rows, columns)
         return rows.select(range(min(len(rows), args.max_train_samples or len(rows)))), columns
     return rows if hasattr(rows, "num_shards") else rows.to_iterable_dataset(num_shards=len(rows.cache_files)), columns
+
+
+def with_pictures(rows: Any, columns: Columns) -> Any:
+    """The rows that have a picture: img2dataset's Parquet files keep those that it could not download, too."""
+    there = np.any([np.asarray(rows.data.column(name).is_valid()) for name in columns.images], axis=0)
+    if there.all() or rows._indices is not None:  # those of a selection: reading them says so
+        return rows
+    logger.warning(f"left out {int((~there).sum())} of {len(rows)} rows, which have no picture")
+    return rows.select(np.flatnonzero(there))
 
 
 def check_data_files(path: Path, given: str) -> None:

@@ -312,7 +312,9 @@ def test_what_follows_the_first_dot_stays_a_column_where_it_is_one(tmp_path: Pat
 @pytest.mark.parametrize("texts_first", [False, True])
 def test_captions_that_are_not_next_to_their_pictures(tmp_path: Path, texts_first: bool) -> None:
     names = [f"{n}.{ending}" for ending in (("txt", "png") if texts_first else ("png", "txt")) for n in range(9)]
-    with pytest.raises(trainer.UsageError, match="no picture in .*/0.tar has its caption next to it.*tar --sort=name"):
+    with pytest.raises(
+        trainer.UsageError, match="the first 9 pairs have no txt: .* next to each other.*tar --sort=name"
+    ):
         stream(tar_with(tmp_path / "few/0.tar", *names))
     names = [f"{n}.png" for n in range(1001)]
     with pytest.raises(trainer.UsageError, match="first 1000 members of .*: each caption must be next to its picture"):
@@ -498,6 +500,30 @@ def test_a_dataset_that_cannot_be_read_gets_its_remedy_in_one_line(
         captions_of_dataset(tmp_path, "--dataset_name", name.format(tmp_path))
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert "Couldn't cast" not in capfd.readouterr().err  # the library's own lines
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming", "--max_train_steps", "1"]])
+def test_rows_that_img2dataset_could_not_download_are_left_out_and_counted(
+    tmp_path: Path, caplog, streaming: list[str]
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    there = [True, False, True, False]
+    rows = {"jpg": [picture(n) if there[n] else None for n in range(4)], "caption": [f"{n}" for n in range(4)]}
+    rows["status"] = ["success" if each else "failed_to_download" for each in there]
+    parquet.write_table(pyarrow.table(rows), tmp_path / "00000.parquet")
+    args = parse(
+        "--dataset_name", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--resolution", "32", *streaming
+    )
+    dataset = trainer.load_dataset(args, [tiny_pipeline().tokenizer])
+    assert sorted(dataset.all_captions()) == [["0"], ["2"]]
+    keys = itertools.chain.from_iterable(dataset.micro_batches(range(4), args))
+    assert not any(dataset[key]["replaced"] for key in keys)
+    told = (
+        "left out 2 rows of file 0 of the stream that have no picture" if streaming else "left out 2 of 4 rows, which"
+    )
+    assert told in caplog.text
 
 
 def test_a_dataset_script_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -131,7 +131,8 @@ def test_damage_costs_the_damaged_part_only(tars: Path, caplog: pytest.LogCaptur
     dataset, args = stream(tars)
     samples = [dataset[key] for batch in dataset.micro_batches(range(8), args) for key in batch]
     assert set(levels(samples)) == {*range(PER_TAR, 3 * PER_TAR), 101, 103}
-    assert [sample["replaced"].item() > 0 for sample in samples].count(True) == 2
+    assert {sample["failure"].split(":")[0] for sample in samples} == {"", "b.png"}
+    assert f"left out 1 rows of {tars}/00004.tar that have no picture" in caplog.text  # c.txt
     assert {record.message.split(":")[0] for record in caplog.records if record.levelname == "ERROR"} == {
         f"left out the rest of {tars}/00000.tar",
         f"left out the rest of {tars}/00003.tar",
