@@ -1163,6 +1163,8 @@ def instead_of_table(file: Path) -> str:
         return f"train on it by --streaming --max_train_steps N --train_data_dir {shlex.quote(str(file))}"
     if file.suffix.lower() in ARCHIVES:
         return "unpack it, and give the folder that it makes"
+    if file.suffix.lower() in (".xlsx", ".xls", ".ods"):
+        return "save it as .csv, and give that"
     return f"give the folder of the pictures, perhaps {file.parent}"
 
 
@@ -1287,6 +1289,8 @@ def read_metadata(folder: Path, image_column: str, caption_column: str) -> list[
             raise UsageError(f"{path} is {LFS_POINTER}") from error
         if isinstance(error, UnicodeDecodeError):
             remedy = "save it as UTF-8"
+        elif path.suffix.lower() == ".parquet":
+            remedy = "copy it again"
         raise UsageError(f"{path}, after row {number}: {first_line(error)}; {remedy}") from error
     if not rows:
         raise UsageError(f"{path} has no rows: run create_metadata.py --image_path '{path.parent}' --overwrite")

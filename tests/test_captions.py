@@ -591,6 +591,7 @@ def test_a_file_may_be_given_in_the_place_of_its_folder(tmp_path: Path, name: st
     [
         ("0.tar", "train on it by --streaming --max_train_steps N --train_data_dir {}/0.tar"),
         ("pairs.zip", "unpack it, and give the folder that it makes"),
+        ("captions.xlsx", "save it as .csv, and give that"),
         ("a.jpg", "give the folder of the pictures, perhaps {}"),
     ],
 )
@@ -650,7 +651,7 @@ def test_metadata_in_parquet_is_read(tmp_path: Path) -> None:
                         tmp_path / "metadata.parquet")  # fmt: skip
     assert captions_in(tmp_path) == [["a", "b"], ""]
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(trainer.UsageError, match="metadata.parquet, after row 0: "):
+    with pytest.raises(trainer.UsageError, match="metadata.parquet, after row 0: .*; copy it again"):
         captions_in(tmp_path)
 
 
