@@ -175,7 +175,7 @@ def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--variant", help="file variant of the model's weights, as in fp16")
     add("--cache_dir", help="where downloads are kept")
     add = parser.add_argument_group("data").add_argument
-    text = "picture folder with the metadata.jsonl of create_metadata.py; with --streaming, tars of img2dataset: "
+    text = "picture folder with metadata.jsonl, or that file whatever its name; with --streaming, tars of img2dataset: "
     text += "their folder, or a pattern such as 'pairs/{00000..00009}.tar'"
     add("--train_data_dir", type=Path, help=text)
     add("--dataset_name", help="instead of a folder: a dataset that the datasets library loads, by name or path")
