@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import codecs
 import contextlib
 import copy
 import csv
@@ -38,8 +39,10 @@ import signal
 import sys
 import tarfile
 import time
+import unicodedata
 import warnings
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -77,6 +80,7 @@ from diffusers import (
 from diffusers.loaders import TextualInversionLoaderMixin, single_file_utils
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
+from huggingface_hub import try_to_load_from_cache
 from neural_compressor.common.base_config import DEFAULT_WHITE_LIST, register_config
 from neural_compressor.common.utils import Mode
 from neural_compressor.torch.quantization import convert, prepare
@@ -123,10 +127,18 @@ GUIDANCE_SCALES = 1.0, 14.0  # that are trained with, where the UNet takes them 
 STREAM_BLOCK = 256  # pairs that --streaming reads and shuffles at a time, undecoded
 # accelerate launch passes no signals on, and a launcher may be killed: its end counts as SIGTERM
 LAUNCHER = os.getppid() if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.tsv", "metadata.json")
+TABLES = (".json", ".csv", ".tsv", ".parq", ".txt")  # how the endings of files begin that may be metadata
+TARS, ARCHIVES = (".tar", ".tar.gz", ".tgz"), (".zip", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 # Where nothing else is asked for: in a webdataset, the members' extensions are the columns' names.
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "avif", "heic", "img", "picture")
 CAPTION_COLUMNS = ("text", "txt", "caption", "json")
+# What the datasets library says, and what to do about it.
+DATASET_REMEDIES = {
+    "scripts are no longer supported": "; Parquet files of it work",
+    "Config name is missing": " Give it by --dataset_config_name",
+    "Couldn't cast": " one of its files to the columns of another: give a folder of files that are alike",
+}
 CAPTIONS_LOOKED_AT = 20_000  # at the start, for what is said about them
 
 
@@ -162,7 +174,7 @@ def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--variant", help="file variant of the model's weights, as in fp16")
     add("--cache_dir", help="where downloads are kept")
     add = parser.add_argument_group("data").add_argument
-    text = "picture folder with the metadata.jsonl of create_metadata.py; with --streaming, tars of img2dataset: "
+    text = "picture folder with metadata.jsonl, or that file whatever its name; with --streaming, tars of img2dataset: "
     text += "their folder, or a pattern such as 'pairs/{00000..00009}.tar'"
     add("--train_data_dir", type=Path, help=text)
     add("--dataset_name", help="instead of a folder: a dataset that the datasets library loads, by name or path")
@@ -277,8 +289,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give either --train_data_dir FOLDER or --dataset_name NAME")
     if args.streaming and (args.max_train_steps is None or args.max_train_samples is not None):
         parser.error("--streaming does not know the number of pairs: give --max_train_steps, no --max_train_samples")
-    if args.train_data_dir is not None and not args.streaming and not args.train_data_dir.is_dir():
-        parser.error(f"--train_data_dir {args.train_data_dir}: no such folder")
+    if args.train_data_dir is not None and not args.streaming and not args.train_data_dir.exists():
+        parser.error(f"--train_data_dir {args.train_data_dir}: no such folder (--dataset_name takes names of the hub)")
     if args.cache_latents and (args.streaming or not args.center_crop):
         parser.error("--cache_latents keeps one crop of each pair: give --center_crop, and no --streaming")
     if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
@@ -726,7 +738,7 @@ def load_part(
             raise ValueError(f"it lacks {len(missing)} tensors, such as {min(missing)}")
         return aligned(loaded)
     except Exception as error:  # each library fails in ways of its own
-        raise UsageError(f"{name}: {part_problem(Path(name), part, args.variant, error)}") from error
+        raise UsageError(f"{name}: {part_problem(Path(name), part, args, error)}") from error
 
 
 def aligned(model: nn.Module) -> nn.Module:
@@ -766,21 +778,26 @@ def is_lfs_pointer(path: str | Path) -> bool:
         return file.read(40).startswith(LFS_START)
 
 
-def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseException) -> str:
+def part_problem(checkpoint: Path, part: str, args: argparse.Namespace, error: BaseException) -> str:
     """Why a part could not be loaded, and what to do about it; libraries name neither the part nor the remedy."""
     folder = checkpoint / part
-    if checkpoint.is_dir() and not folder.is_dir():
+    if checkpoint.is_file():
+        return f"its {part} could not be loaded: {first_line(error)}; is --config a checkpoint of the same kind?"
+    if not checkpoint.is_dir():  # of the hub; without a network, what is in the cache
+        index = try_to_load_from_cache(str(checkpoint), "model_index.json", args.cache_dir, args.revision)
+        there = variants(Path(index).parent / part) if isinstance(index, str) else set()
+        if there and not there & {args.variant, None}:
+            return f"its {part} is in the cache only as the variant {max(there)}: give --variant {max(there)}"
+        return f"its {part} could not be loaded: {first_line(error)}"
+    if not folder.is_dir():
         return f"it has no folder {part}: copy the whole checkpoint"
-    if not folder.is_dir():  # a single file, or of the hub
-        remedy = "; is --config a checkpoint of the same kind?" * checkpoint.is_file()
-        return f"its {part} could not be loaded: {first_line(error)}{remedy}"
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         if is_lfs_pointer(file):
             return f"{part}/{file.name} is {LFS_POINTER}"
         if not file.stat().st_size:
             return f"{part}/{file.name} is empty: copy it again"
     there = variants(folder)
-    if not part.startswith(WITHOUT_WEIGHTS) and (folder / "config.json").is_file() and not there & {variant, None}:
+    if not part.startswith(WITHOUT_WEIGHTS) and (folder / "config.json").is_file() and not there & {args.variant, None}:
         found = f"only the variant {max(there)}: give --variant {max(there)}" if there else "no weights: copy them"
         return f"its {part} has {found}"
     if isinstance(error, ImportError):
@@ -795,7 +812,7 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
     try:
         config = dict(UNet2DConditionModel.load_config(source, subfolder="unet", **hub_options(args)))
     except Exception as error:  # the hub, JSON, ... fail in their own ways
-        raise UsageError(f"{source}: {part_problem(Path(source), 'unet', args.variant, error)}") from error
+        raise UsageError(f"{source}: {part_problem(Path(source), 'unet', args, error)}") from error
     for key in CONDITIONING:
         if config.get(key) not in (None, False, CONDITIONING[key]):
             raise UsageError(f"{name}: its UNet wants more than a caption ({key}), which is not supported")
@@ -975,10 +992,7 @@ def captions_of(value: Any, names: list[str] | None = None) -> list[str]:
     if value is None or value != value:  # NaN is how tables of numbers say that something is missing
         return []
     if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            value = value.decode("latin-1")
+        value = decode(value)
     if isinstance(value, str):
         written = read_literal(value)
         return captions_of(written, names) if written is not None else [value] if value.strip() else []
@@ -993,6 +1007,15 @@ def captions_of(value: Any, names: list[str] | None = None) -> list[str]:
             raise ValueError("a caption cannot be a list of numbers")
         return [caption for item in value for caption in captions_of(item, names)]
     raise ValueError(f"a caption cannot be a {kind_of(value)}")
+
+
+def decode(data: bytes) -> str:
+    """UTF-16 where it begins with that mark, else UTF-8, else what Windows calls ANSI."""
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    for encoding in ("utf-16" if utf16 else "utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    return data.decode("latin-1")
 
 
 def read_literal(text: str) -> list | dict | None:
@@ -1071,56 +1094,124 @@ def caption_columns(asked_for: str, columns: Iterable[str]) -> list[str]:
 # ---------------------------------------------------------------- data: a folder and its metadata
 
 
-def find_metadata(folder: Path) -> Path:
-    """The metadata file of a picture folder.
+def find_metadata(path: Path) -> Path:
+    """The metadata file of a picture folder, or the file itself if that is what was given.
 
     Raises:
         UsageError: there is none, or there are two; says what is there instead, and what to do.
     """
-    found = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
+    if path.is_file():
+        if not path.suffix.lower().startswith(TABLES):
+            raise UsageError(f"{path} is neither a folder nor metadata: {instead_of_table(path)}")
+        return path
+    found = [path / name for name in METADATA_NAMES if (path / name).is_file()]
     if len(found) == 1 or [file.suffix for file in found[1:]] == [".json"]:  # the last is somebody else's
         return found[0]
-    problem = f"no metadata.jsonl; {instead_of_metadata(folder)}"
+    problem = f"no metadata.jsonl; {instead_of_metadata(path)}"
     if found:
         problem = f"both {found[0].name} and {found[1].name} are there: delete one"
-    raise UsageError(f"--train_data_dir {folder}: {problem}")
+    raise UsageError(f"--train_data_dir {path}: {problem}")
+
+
+def instead_of_table(file: Path) -> str:
+    """What to do with a file that is no metadata."""
+    if file.name.lower().endswith(TARS):
+        return f"train on it by --streaming --max_train_steps N --train_data_dir {shlex.quote(str(file))}"
+    if file.suffix.lower() in ARCHIVES:
+        return "unpack it, and give the folder that it makes"
+    if file.suffix.lower() in (".xlsx", ".xls", ".ods"):
+        return "save it as .csv, and give that"
+    return f"give the folder of the pictures, perhaps {file.parent}"
 
 
 def instead_of_metadata(folder: Path) -> str:
     """What a folder without metadata holds, and what to do about it."""
-    nearby = [path for name in METADATA_NAMES for path in (*folder.glob(f"*/{name}"), folder.resolve().parent / name)]
+    names = (*METADATA_NAMES, "state.json")  # the latter of `save_to_disk`
+    nearby = [path for name in names for path in (*folder.glob(f"*/{name}"), folder.resolve().parent / name)]
     nearby = sorted({path.parent for path in nearby if path.is_file()})
     if nearby:
         return f"it is in {', '.join(map(str, nearby[:2]))}: give that folder"
-    suffixes = {path.suffix.lower() for path in itertools.chain(folder.glob("*"), folder.glob("*/*")) if path.is_file()}
+    files = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.is_file()]
+    suffixes = {path.suffix.lower() for path in files}
     if ".tar" in suffixes:
         return "tars are read with --streaming: add it"
-    files = sorted(path.name for path in folder.iterdir() if path.is_file())
-    tables = [name for name in files if name.startswith("metadata.")]
-    tables = tables or [name for name in files if Path(name).suffix[:5].lower() in (".json", ".csv", ".tsv", ".parq")]
-    if tables and not suffixes & {".txt", ".caption"} or tables and tables[0].startswith("metadata"):
-        return f"is it {tables[0]}? Make it metadata.jsonl, .csv or .parquet; a row needs file_name and text"
-    if suffixes.isdisjoint(Image.registered_extensions() | {".heic": ""}):
-        return "and there are no pictures: is it the right folder?"
+    endings = Image.registered_extensions() | {".heic": ""}
+    pictures = {path.with_suffix("") for path in files if path.suffix.lower() in endings}
+    tables = [path for path in files if path.suffix.lower().startswith(TABLES[:-1])]
+    tables = [path for path in tables if path.with_suffix("") not in pictures]  # that is one picture's .json
+    named = [path for path in tables if path.stem == "metadata"]
+    if named or tables and not suffixes & {".txt", ".caption"}:
+        table = (named or tables)[0]
+        if table.suffix == ".parquet" and not pictures:
+            return f"{table.name} is damaged, or has no column of pictures: img2dataset downloads those of URLs"
+        return f"are the captions in {table.name}? Then give that file: --train_data_dir {shlex.quote(str(table))}"
+    archives = [path.name for path in files if path.suffix.lower() in ARCHIVES]
+    if not pictures:
+        return f"unpack {archives[0]} first" if archives else "and there are no pictures: is it the right folder?"
     return f"run python create_metadata.py --image_path {shlex.quote(str(folder))}"
 
 
-def metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of JSON lines, a JSON array, CSV or Parquet."""
-    if path.suffix == ".parquet":
+def encoding_of(path: Path) -> str:
+    """UTF-8 unless the file begins with UTF-16's byte order mark, as what Excel saves as Unicode text."""
+    with open(path, "rb") as file:
+        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def metadata_rows(path: Path, image_column: str) -> Iterator[Any]:
+    """The rows of Parquet, CSV (parted by commas, semicolons or tabs) or JSON: lines, an array, or see `json_rows`."""
+    if path.suffix.lower() == ".parquet":
         from pyarrow import parquet
 
         yield from parquet.read_table(path).to_pylist()
         return
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        array = path.suffix != ".csv" and file.read(1000).lstrip().startswith("[")
-        file.seek(0)
-        if path.suffix == ".csv":
-            yield from csv.DictReader(file, strict=True, skipinitialspace=True)
-        elif array:
-            yield from json.load(file)
-        else:
-            yield from (json.loads(line) for line in file if line.strip())
+    with open(path, encoding=encoding_of(path), newline="") as file:
+        first = file.readline()
+        if path.suffix.lower() in (".csv", ".tsv", ".txt"):
+            first = file.readline() if first.startswith("sep=") else first  # Excel's first line
+            options = {"delimiter": max(",;\t", key=first.count), "strict": True, "skipinitialspace": True}
+            names = [name.strip() for name in next(csv.reader([first], **options), [])]
+            yield from csv.DictReader(file, names, **options)
+            return
+        try:
+            values = itertools.chain([json.loads(first)], (json.loads(line) for line in file if line.strip()))
+        except ValueError:  # no line of its own: an array, or objects of several lines
+            values = json_values(first + file.read())
+        for value in values:
+            yield from [value] if isinstance(value, dict) and image_column in value else json_rows(value, image_column)
+
+
+def json_values(text: str) -> Iterator[Any]:
+    """The JSON values of a text, one after another; there may be line breaks within and commas between them."""
+    decoder, at = json.JSONDecoder(), 0
+    while (at := re.compile(r"[\s,]*").match(text, at).end()) < len(text):
+        value, at = decoder.raw_decode(text, at)
+        yield value
+
+
+def json_rows(value: Any, image_column: str) -> list[Any]:
+    """The rows in a JSON value that is no row: an array's, COCO's, kohya's, or those under a single key such as "data".
+
+    COCO has {"images": [...], "annotations": [...]}; kohya's sd-scripts {"a.jpg": {"caption": ..., "tags": ...}, ...}.
+    """
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
+        return [value]
+    images, annotations = value.get("images"), value.get("annotations")
+    if isinstance(images, list) and isinstance(annotations, list):
+        captions: dict[Any, list[Any]] = {}
+        for annotation in annotations:
+            captions.setdefault(annotation.get("image_id"), []).append(annotation.get("caption"))
+        return [{**image, "text": captions.get(image.get("id"))} for image in images]
+    if value and all(isinstance(entry, dict) for entry in value.values()):
+        captions = {
+            name: entry.get("text") or entry.get("caption") or entry.get("tags") for name, entry in value.items()
+        }
+        return [{**entry, image_column: name, "text": captions[name]} for name, entry in value.items()]
+    if value and all(os.path.splitext(name)[1].lower() in Image.registered_extensions() for name in value):
+        return [{image_column: name, "text": caption} for name, caption in value.items()]
+    tables = [rows for rows in value.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    return tables[0] if len(tables) == 1 else [value]
 
 
 def read_metadata(folder: Path, image_column: str, caption_column: str) -> list[tuple[str, str | list[str]]]:
@@ -1130,45 +1221,110 @@ def read_metadata(folder: Path, image_column: str, caption_column: str) -> list[
         UsageError: there is no metadata, a row has no picture or no caption that can be read, or leaves the folder.
     """
     path, rows, seen = find_metadata(folder), [], {}
-    root, absolute, number = os.path.normpath(folder), os.path.abspath(folder), 0
+    root, absolute, number = os.path.normpath(path.parent), os.path.abspath(path.parent), 0
     columns = Columns([image_column], [caption_column])
     try:
-        for number, row in enumerate(metadata_rows(path), 1):
+        for number, row in enumerate(metadata_rows(path, image_column), 1):
             where = f"{path}, row {number}"
             if not isinstance(row, dict):
                 raise UsageError(f"{where} is a {kind_of(row)}, not an object with {image_column} and {caption_column}")
             if None in row:  # of csv's reader
                 raise UsageError(f"{where} has more fields than the header: put captions that hold commas into quotes")
+            if row and not any(row.values()):  # tables end with such rows
+                continue
             if row.keys() - seen.keys():
                 seen |= dict.fromkeys(row)
                 columns.captions = caption_columns(caption_column, seen)
-            name = row.get(image_column)
-            if not isinstance(name, str) or not name:
-                problem = f"no {image_column!r} among {listed(row)}" if not name else f"{image_column} is no text"
-                if len(row) == 1 and path.suffix == ".csv":
-                    problem += " (columns of a csv are parted by commas)"
-                raise UsageError(f"{where}: {problem}; see --image_column")
-            if "\\" in name and not os.path.lexists(os.path.join(root, name)):
-                name = name.replace("\\", "/")  # as Windows writes them
-            file = os.path.normpath(os.path.join(root, name))
-            inside = os.path.abspath(file).startswith(os.path.join(absolute, ""))
-            if not inside and not os.path.realpath(file).startswith(os.path.join(os.path.realpath(root), "")):
-                raise UsageError(f"{where}: {name[:200]!r} lies outside the folder")
+            file = picture_path(row, image_column, root, absolute, where)
             captions = columns.captions_in(row, where)
             rows.append((file, captions if captions[1:] else "".join(captions)))
-    except (ValueError, TypeError, RecursionError, csv.Error, OSError) as error:
-        written = (folder / ".create_metadata.sha256").is_file()
+    except (ValueError, TypeError, AttributeError, RecursionError, csv.Error, OSError) as error:
+        written = (path.parent / ".create_metadata.sha256").is_file()
         remedy = "write it again with create_metadata.py --overwrite" if written else "mend that row"
         if is_lfs_pointer(path):
-            remedy = f"it is {LFS_POINTER}"
-        elif isinstance(error, UnicodeDecodeError):
+            raise UsageError(f"{path} is {LFS_POINTER}") from error
+        if isinstance(error, UnicodeDecodeError):
             remedy = "save it as UTF-8"
+        elif path.suffix.lower() == ".parquet":
+            remedy = "copy it again"
         raise UsageError(f"{path}, after row {number}: {first_line(error)}; {remedy}") from error
     if not rows:
-        raise UsageError(f"{path} has no rows: run create_metadata.py --image_path '{folder}' --overwrite")
+        raise UsageError(f"{path} has no rows: run create_metadata.py --image_path '{path.parent}' --overwrite")
     if not columns.captions:
         raise UsageError(f"{path}: no {caption_column!r} among {listed(seen)}; see --caption_column")
     return rows
+
+
+def picture_path(row: dict[str, Any], image_column: str, root: str, absolute: str, where: str) -> str:
+    """The path of a row's picture below `root`, whose absolute path is the other.
+
+    Raises:
+        UsageError: the row names none, or one outside.
+    """
+    name = row.get(image_column)
+    if not isinstance(name, str) or not name:
+        problem = f"no {image_column!r} among {listed(row)}" if not name else f"{image_column} is no text"
+        problem += " (the first line of a csv must name the columns)" if ".csv, row 1" in where and not name else ""
+        raise UsageError(f"{where}: {problem}; see --image_column")
+    if "\\" in name and not os.path.lexists(os.path.join(root, name)):
+        name = name.replace("\\", "/")  # as Windows writes them
+    file = os.path.normpath(os.path.join(root, name))
+    inside = os.path.abspath(file).startswith(os.path.join(absolute, ""))
+    if not inside and not os.path.realpath(file).startswith(os.path.join(os.path.realpath(root), "")):
+        raise UsageError(f"{where}: {name[:200]!r} lies outside the folder {root}: write paths that begin there")
+    return file
+
+
+def match_files(rows: list[tuple[str, Any]], folder: Path, remedy: str) -> list[tuple[str, Any]]:
+    """The rows, with the paths that the disk has where names differ in letter case or Unicode form, or lack the ending.
+
+    Windows and macOS take the former for the same, and kohya's metadata leaves the endings away.
+
+    Raises:
+        UsageError: so many pictures are not there that training would stop for it.
+    """
+    names_in: dict[str, set[str]] = {}
+
+    def is_there(file: str) -> bool:
+        parent, name = os.path.split(file)
+        if parent not in names_in:
+            names_in[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
+        return name in names_in[parent]
+
+    missing = [number for number, (file, _) in enumerate(rows) if not is_there(file)]
+    if not missing:
+        return rows
+    spellings, endings = {}, Image.registered_extensions()
+    for parent, _, names in os.walk(os.path.normpath(folder)):
+        for file in (os.path.join(parent, name) for name in names):
+            stem, ending = os.path.splitext(file)
+            for key in {same_spelling(file), *([same_spelling(stem)] if ending.lower() in endings else [])}:
+                spellings.setdefault(key, []).append(file)
+    matched, gone = list(rows), []
+    for number in missing:
+        file, captions = rows[number]
+        found = spellings.get(same_spelling(file), [])
+        if len(found) == 1:
+            matched[number] = found[0], captions
+        else:
+            gone.append(file)
+    spelled = [(old, new) for (old, _), (new, _) in zip(rows, matched) if old != new]
+    if spelled:
+        logger.warning(
+            f"{len(spelled)} file names of the metadata are spelled otherwise on the disk, such as "
+            f"{spelled[0][0]!r}: {spelled[0][1]!r} is used"
+        )
+    if gone:
+        problem = f"{len(gone)} of {len(rows)} pictures of the metadata are not there, first {gone[0]!r}"
+        if len(gone) > MAX_BAD_SHARE * len(rows):
+            raise UsageError(f"{problem}; {remedy}")
+        logger.warning(problem)
+    return matched
+
+
+def same_spelling(name: str) -> str:
+    """Equal for names that differ in letter case or Unicode form only."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 # ---------------------------------------------------------------- data: pictures
@@ -1353,11 +1509,13 @@ class StreamedImages(CaptionedImages):
         super().__init__(rows, tokenizers, args, columns)
         self.lanes = self.parts = 1  # where lanes are more than files, each reads one part of a file
         first = itertools.islice(self.pairs(0, passes=1), STREAM_BLOCK)
-        pictures, self.first_captions = zip(*((picture is not None, captions) for picture, captions in first))
-        found_here = ("image", columns.images, pictures), ("caption", columns.captions, self.first_captions)
-        for flag, names, found in found_here:
-            if not any(found):
-                raise UsageError(f"the first {len(found)} pairs have no {' or '.join(names)}: see --{flag}_column")
+        self.first_captions = [captions for _, captions in first]
+        if not any(self.first_captions):
+            where = f"the first {len(self.first_captions)} pairs have no {' or '.join(columns.captions)}"
+            remedy = "see --caption_column"
+            if isinstance(rows, Tars):
+                remedy += ", or put both next to each other, under one name: tar --sort=name -cf NEW.tar FOLDER"
+            raise UsageError(f"{where}: {remedy}")
         self.reading: dict[int, tuple[Iterator, deque]] = {}
 
     def all_captions(self) -> Iterator[list[str]]:
@@ -1366,26 +1524,33 @@ class StreamedImages(CaptionedImages):
 
     def pairs(self, lane: int, passes: float = math.inf) -> Iterator[tuple[Any, list[str]]]:
         """The lane's (unread picture, captions) pairs, without end; a damaged file costs what is left of it."""
-        files, turn, barren = self.rows.num_shards, lane, 0
-        while barren < files * self.parts and turn < passes * files * self.parts:
+        files, turn, barren = self.rows.num_shards, lane, set()
+        while len(barren) < files * self.parts and turn < passes * files * self.parts:
             epoch, at = divmod(turn, files * self.parts)
             order = torch.randperm(files * self.parts, generator=generator_for(self.seed, "files", epoch))
             file, part = divmod(int(order[at]), self.parts)
-            turn, barren = turn + self.lanes, barren + 1
-            shard = self.rows.shard(num_shards=files, index=file)
+            turn += self.lanes
+            barren.add((file, part))  # until it gives a pair
+            name = self.rows.files[file] if isinstance(self.rows, Tars) else f"file {file} of the stream"
+            shard, without = self.rows.shard(num_shards=files, index=file), 0
             try:
                 for number, block in enumerate(shard.iter(batch_size=STREAM_BLOCK)):
                     pairs = [dict(zip(block, values)) for values in zip(*block.values())][part :: self.parts]
                     generator = generator_for(self.seed, "block", epoch, file, part, number)
                     for index in torch.randperm(len(pairs), generator=generator).tolist():
-                        barren, pair = 0, pairs[index]
-                        where = f"file {file} of the stream, pair {number * STREAM_BLOCK + part + index * self.parts}"
-                        yield self.columns.picture(pair), self.columns.captions_in(pair, where)
+                        pair, where = pairs[index], f"{name}, pair {number * STREAM_BLOCK + part + index * self.parts}"
+                        picture = self.columns.picture(pair)
+                        if picture is not None:
+                            barren.discard((file, part))
+                            yield picture, self.columns.captions_in(pair, where)
+                        without += picture is None
             except UsageError:
                 raise
             except Exception as error:  # a damaged file fails in many ways
-                logger.error(f"left out the rest of file {file} of the stream: {first_line(error)}")
-        if barren >= files * self.parts:
+                logger.error(f"left out the rest of {name}: {first_line(error)}")
+            if without:
+                logger.warning(f"left out {without} rows of {name} that have no picture")
+        if len(barren) == files * self.parts:
             raise UsageError("no file of the stream holds a pair that can be read")
 
     def pair(self, row: int) -> tuple[Any, list[str]]:
@@ -1411,46 +1576,132 @@ def tar_files(path: Path) -> list[str]:
     """The .tar files of a folder, or of a pattern with {00000..00009} in it."""
     pattern = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path))
     if path.is_dir():
-        files = sorted(str(file) for kind in ("*.tar", "*.tar.gz", "*.tgz") for file in path.glob(kind))
+        files = sorted(str(file) for ending in TARS for file in path.glob(f"*{ending}"))
     elif pattern:
         before, first, last, after = pattern.groups()
         files = [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
     else:
-        files = [str(path)]
+        files = [str(path)] if path.exists() else sorted(glob.glob(str(path))) or [str(path)]
     missing = [file for file in files if not os.path.isfile(file)]
     if missing or not files:
         problem = f"no {missing[0]}" if missing else "holds no .tar; a picture folder needs no --streaming"
         below = sorted(file.parent for file in path.glob("*/*.tar")) if not missing else []
         raise UsageError(f"--train_data_dir {path}: {f'the tars are in {below[0]}: give that' if below else problem}")
+    other = next((file for file in files if not file.lower().endswith(TARS)), None)
+    if other:
+        raise UsageError(f"--streaming reads {', '.join(TARS)}, which {other} is not")
     pointer = next(filter(is_lfs_pointer, files), None)
     if pointer:
         raise UsageError(f"{pointer} is {LFS_POINTER}")
     return files
 
 
-def tar_columns(files: list[str]) -> list[str]:
-    """What the first tar that can be read calls its members, by what follows the first dot of their names."""
+@dataclass
+class Tars:
+    """Rows of tars in webdataset's format: neighbours of one name are a row, and what follows the name is the column.
+
+    As in the datasets library, each file is a shard. A name ends at its first dot or, `dotted`, at its last.
+    """
+
+    files: list[str]
+    columns: list[str]
+    images: list[str]  # those of the columns that hold pictures
+    dotted: bool
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.files)
+
+    def shard(self, num_shards: int, index: int) -> Tars:
+        return Tars(self.files[index::num_shards], self.columns, self.images, self.dotted)
+
+    def iter(self, batch_size: int) -> Iterator[dict[str, list[Any]]]:
+        """Blocks of rows, by column. A damaged file raises after the rows before the damage."""
+        for file in self.files:
+            rows, latest, damage = [], "", None
+            try:
+                with tarfile.open(file) as tar:
+                    for member in tar:
+                        tar.members = []  # it would keep them all
+                        key, column = split_name(member.name, self.dotted)
+                        if column not in self.columns or not member.isfile():
+                            continue
+                        if not rows or key != latest or column in rows[-1]:
+                            if len(rows) == batch_size:
+                                yield self.block(rows)
+                                rows = []
+                            rows.append({})
+                        data = tar.extractfile(member).read()
+                        rows[-1][column] = {"path": member.name, "bytes": data} if column in self.images else data
+                        latest = key
+            except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+                rows, damage = rows[:-1], error  # the last one may lack members
+            if rows:
+                yield self.block(rows)
+            if damage is not None:
+                raise damage
+
+    def block(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        return {column: [row.get(column) for row in rows] for column in self.columns}
+
+
+def split_name(name: str, dotted: bool) -> tuple[str, str]:
+    """A member's key and column; no column for hidden members, such as macOS puts beside each file."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, column = base.rpartition(".") if dotted else base.partition(".")
+    return folder + slash + stem, "" if base.startswith(".") else column
+
+
+def open_tars(args: argparse.Namespace) -> tuple[Tars, Columns]:
+    """The tars that --train_data_dir names, and their columns by the first members of the first that can be read."""
+    files, names = tar_files(args.train_data_dir), []
     for file in files:
-        names: dict[str, None] = {}
-        try:
-            with tarfile.open(file) as tar:
-                for member in itertools.islice(tar, 1000):
-                    names |= dict.fromkeys(filter(None, [os.path.basename(member.name).partition(".")[2]]))
-        except (OSError, tarfile.TarError):  # damaged, from the start or further down: reading it says so
-            pass
-        if names:
-            return list(names)
-    return []
+        if names := first_members(file):
+            break
+    dotted = count_pairs(names, True, args) > count_pairs(names, False, args)
+    found = list(dict.fromkeys(column for name in names if (column := split_name(name, dotted)[1])))
+    try:
+        columns = find_columns(dict.fromkeys(found), args) if names else Columns(["jpg"], ["txt"])  # reading says it
+    except UsageError as error:
+        where = f", the columns of the first {len(names)} members of {file}"
+        raise UsageError(f"{error}{where}: each caption must be next to its picture") from error
+    if args.image_column is None:  # other tars may have others
+        columns.images = list(dict.fromkeys([*columns.images, *IMAGE_COLUMNS]))
+    return Tars(files, columns.names(found), columns.images, dotted), columns
+
+
+def first_members(file: str) -> list[str]:
+    """The names of up to 1000 files in a tar, fewer or none if it is damaged, which reading it says."""
+    names: list[str] = []
+    with contextlib.suppress(OSError, EOFError, zlib.error, tarfile.TarError), tarfile.open(file) as tar:
+        for member in itertools.islice(tar, 1000):
+            names.append(member.name)
+    return names
+
+
+def count_pairs(names: list[str], dotted: bool, args: argparse.Namespace) -> int:
+    """How many keys have a picture and a caption."""
+    columns: dict[str, list[str]] = {}
+    for name in names:
+        key, column = split_name(name, dotted)
+        columns.setdefault(key, []).append(column)
+    pictures = [args.image_column] if args.image_column else IMAGE_COLUMNS
+    return sum(
+        bool(named(pictures, found) and caption_columns(args.caption_column, found)) for found in columns.values()
+    )
 
 
 def load_dataset(args: argparse.Namespace, tokenizers: list[Any]) -> CaptionedImages:
     """The pairs of a folder, of tars or of a dataset."""
-    folder = args.train_data_dir
-    if folder is not None and not args.streaming and not is_saved_dataset(folder):
-        rows = read_metadata(folder, args.image_column or "file_name", args.caption_column)
-        dataset = CaptionedImages(rows[: args.max_train_samples], tokenizers, args)
+    path = Path(args.dataset_name) if args.train_data_dir is None else args.train_data_dir
+    if (args.train_data_dir is not None or path.is_file()) and not args.streaming and not is_saved_dataset(path):
+        rows = read_metadata(path, args.image_column or "file_name", args.caption_column)[: args.max_train_samples]
+        folder, remedy = path.parent if path.is_file() else path, None
         if (folder / ".create_metadata.sha256").is_file():
-            dataset.remedy = f"run create_metadata.py --image_path {folder} --overwrite, which leaves such pictures out"
+            remedy = f"run create_metadata.py --image_path {folder} --overwrite, which leaves such pictures out"
+        rows = match_files(rows, folder, remedy or f"names are looked for from {folder}: move the metadata or mend it")
+        dataset = CaptionedImages(rows, tokenizers, args)
+        dataset.remedy = remedy or dataset.remedy
     else:
         rows, columns = load_rows(args)
         kind = StreamedImages if args.streaming else CaptionedImages
@@ -1460,15 +1711,18 @@ def load_dataset(args: argparse.Namespace, tokenizers: list[Any]) -> CaptionedIm
     return dataset
 
 
-def is_saved_dataset(folder: Path) -> bool:
-    """Whether a folder is a dataset of the datasets library: `save_to_disk`, or Parquet files with pictures."""
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+def is_saved_dataset(path: Path) -> bool:
+    """Whether it is a dataset of the datasets library: `save_to_disk`, or Parquet files with pictures, or one file."""
+    if path.suffix == ".arrow" or (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return True
-    files = sorted(file for pattern in ("*.parquet", "data/*.parquet") for file in folder.glob(pattern))
-    if not files or any((folder / name).is_file() for name in METADATA_NAMES):
+    files = sorted(file for pattern in ("*.parquet", "data/*.parquet") for file in path.glob(pattern))
+    files = [path] if path.suffix == ".parquet" and path.is_file() else files
+    if not files or any((path / name).is_file() for name in METADATA_NAMES):
         return False
     from pyarrow import parquet
 
+    if is_lfs_pointer(files[0]):
+        raise UsageError(f"{files[0]} is {LFS_POINTER}")
     try:  # img2dataset leaves Parquet files without pictures beside those that it has downloaded
         return not set(IMAGE_COLUMNS).isdisjoint(parquet.read_schema(files[0]).names)
     except (OSError, ValueError):
@@ -1476,35 +1730,30 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def load_rows(args: argparse.Namespace) -> tuple[Any, Columns]:
-    """A dataset of the datasets library, pictures unread, and where in it pictures and captions are."""
+    """Rows of tars or of a dataset of the datasets library, pictures unread; and which columns hold what."""
+    given = args.train_data_dir if args.dataset_name is None else args.dataset_name
+    if args.dataset_name is None and not is_saved_dataset(given):
+        return open_tars(args)
     import datasets  # only here: a folder needs none of it
-    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
-    source = args.dataset_name or str(args.train_data_dir)
-    given = f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}"
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it says of files, the error says
+    path, given = Path(given), f"--{'train_data_dir' if args.dataset_name is None else 'dataset_name'} {given}"
+    check_data_files(path, given)
     options: dict[str, Any] = {"cache_dir": args.cache_dir, "streaming": args.streaming}
-    if args.dataset_name is None and not is_saved_dataset(args.train_data_dir):
-        files = tar_files(args.train_data_dir)
-        names = tar_columns(files)
-        columns = find_columns(dict.fromkeys(names), args) if names else Columns(["jpg"], ["txt"])  # read, it will say
-        # named here, the columns are not guessed from the first pairs, which may lack one
-        options["features"] = datasets.Features({name: tar_feature(name) for name in columns.names(names)})
-        # one text that the library could not decode would cost all pairs of the tar that follow
-        WebDataset.DECODERS = {}
-        options["data_files"] = {"train": [glob.escape(file) for file in files]}
-        source = "webdataset"
+    source = str(path if args.dataset_name is None else args.dataset_name)
+    if path.is_file():
+        source, options["data_files"] = path.suffix[1:], {"train": [glob.escape(str(path))]}
     try:
-        if any(Path(source, name).is_file() for name in ("dataset_dict.json", "state.json")):
+        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
             splits = datasets.load_from_disk(source)
         else:
             splits = datasets.load_dataset(source, args.dataset_config_name, **options)
     except Exception as error:  # the library fails in ways of its own, and of every format that it reads
-        scripts = "; Parquet files of it work" if "scripts are no longer supported" in str(error) else ""
-        raise UsageError(f"{given}: {first_line(error)}{scripts}") from error
-    splits = splits if isinstance(splits, dict) else {"train": splits}
-    if "train" not in splits and len(splits) > 1:
-        raise UsageError(f"{given} has no split train, only {listed(splits)}")
-    rows = splits["train"] if "train" in splits else next(iter(splits.values()))
+        remedy = next(
+            (remedy for text, remedy in DATASET_REMEDIES.items() if text in str(error.__cause__ or error)), ""
+        )
+        raise UsageError(f"{given}: {first_line(error.__cause__ or error)}{remedy}") from error
+    rows = splits[choose_split(splits, given)] if isinstance(splits, dict) else splits
     features = rows.features or dict.fromkeys(next(iter(rows)))
     columns = find_columns(features, args)
     for name in columns.images:
@@ -1512,15 +1761,45 @@ def load_rows(args: argparse.Namespace) -> tuple[Any, Columns]:
             rows = rows.cast_column(name, datasets.Image(decode=False))
     rows = rows.select_columns(columns.names(features))
     if not args.streaming:
+        rows = with_pictures(rows, columns)
         return rows.select(range(min(len(rows), args.max_train_samples or len(rows)))), columns
     return rows if hasattr(rows, "num_shards") else rows.to_iterable_dataset(num_shards=len(rows.cache_files)), columns
 
 
-def tar_feature(name: str) -> Any:
-    """What the datasets library makes of the members of a tar that are called so; text stays bytes."""
-    import datasets
+def with_pictures(rows: Any, columns: Columns) -> Any:
+    """The rows that have a picture: img2dataset's Parquet files keep those that it could not download, too."""
+    there = np.any([np.asarray(rows.data.column(name).is_valid()) for name in columns.images], axis=0)
+    if there.all() or rows._indices is not None:  # those of a selection: reading them says so
+        return rows
+    logger.warning(f"left out {int((~there).sum())} of {len(rows)} rows, which have no picture")
+    return rows.select(np.flatnonzero(there))
 
-    return datasets.Image() if name.rpartition(".")[2].lower() in IMAGE_COLUMNS else datasets.Value("binary")
+
+def check_data_files(path: Path, given: str) -> None:
+    """The library reads pointers of Git LFS as if they were data, and looks on the hub for paths that are nowhere.
+
+    Raises:
+        UsageError: names the file and what to do.
+    """
+    if not path.exists() and (
+        "://" in given or given.count("/") > 1 or " ." in given or path.suffix.startswith(TABLES)
+    ):
+        raise UsageError(f"{given}: no such file or folder, and no name on the hub, such as owner/name")
+    if path.is_file() and path.suffix not in (".parquet", ".arrow"):
+        remedy = "a picture folder needs no --streaming" if path.suffix.startswith(TABLES) else instead_of_table(path)
+        raise UsageError(f"{given} is no dataset: {remedy}")
+    files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
+    for file in files:
+        if file.suffix.startswith((*TABLES, *TARS, ".arrow", ".zip")) and file.is_file() and is_lfs_pointer(file):
+            raise UsageError(f"{file} is {LFS_POINTER}")
+
+
+def choose_split(splits: dict[str, Any], given: str) -> str:
+    """train; or, with a warning, the split that is likeliest to be meant."""
+    likely = sorted(splits, key=lambda name: (not name.startswith("train"), not name.startswith(("val", "dev")), name))
+    if likely[0] != "train":
+        logger.warning(f"{given} has no split train, only {listed(splits)}: {likely[0]} is used")
+    return likely[0]
 
 
 def find_columns(features: dict[str, Any], args: argparse.Namespace) -> Columns:
@@ -1538,7 +1817,9 @@ def find_columns(features: dict[str, Any], args: argparse.Namespace) -> Columns:
         ("caption", args.caption_column, captions),
     ):
         if not found:
-            raise UsageError(f"--{flag}_column {name} is none of {listed(features)}")
+            urls = "; the pictures of URLs have to be downloaded first, by img2dataset say"
+            hint = urls if flag == "image" and any("url" in str(column).lower() for column in features) else ""
+            raise UsageError(f"--{flag}_column {name} is none of {listed(features)}{hint}")
     feature = features[captions[0]] if captions[0] in features else None
     return Columns(images, captions, getattr(getattr(feature, "feature", feature), "names", None))
 

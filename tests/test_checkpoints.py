@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -362,6 +363,20 @@ def test_variants_are_loaded_named_and_fallen_back_from(
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     cut(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert "its vae is damaged" in refusal(script, half, "--variant", "fp16")  # no falling back from damage
+
+
+@BOTH
+def test_a_cache_of_the_hub_that_holds_one_variant_only(script: ModuleType, half: Path, tmp_path: Path) -> None:
+    """Without a network, it is all there is."""
+    repository = tmp_path / "cache/models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    shutil.copytree(half, repository / "snapshots" / ("0" * 40))
+    flags = ["--cache_dir", str(tmp_path / "cache")]
+    load(script, "owner/name", *flags, "--variant", "fp16")
+    for asked in ([], ["--variant", "bf16"]):
+        told = refusal(script, "owner/name", *flags, *asked)
+        assert re.search("its (vae|text_encoder) is in the cache only as the variant fp16: give --variant fp16", told)
 
 
 def test_the_printed_next_command_paints_what_was_trained(

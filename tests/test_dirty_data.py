@@ -93,10 +93,9 @@ def spoil(folder: Path, good: int, bad: int) -> None:
     spoilt = [JPEG[: len(JPEG) // 2], b"no picture", b"", None]
     for number in range(bad):
         data = spoilt[number % 4]
-        pair_writer(f"spoilt {number}.jpg", JPEG if data is None else data, "spoilt")(folder)
+        pair_writer(f"spoilt {number}.jpg", JPEG[:-9] if data is None else data, "spoilt")(folder)
     cm.main(["--image_path", str(folder), "--no_verify"])
-    for number in range(3, bad, 4):
-        (folder / f"spoilt {number}.jpg").unlink()  # listed, and gone
+    (folder / "spoilt 3.jpg").unlink()  # listed, and gone
 
 
 def test_a_few_unreadable_pictures_are_replaced_and_counted(model_dir: Path, tmp_path: Path, caplog) -> None:
@@ -138,7 +137,7 @@ def test_a_tenth_of_bad_pictures_is_not_stopped_by_bad_luck() -> None:
 
 
 def test_unreadable_pictures_of_a_dataset_are_replaced_too(model_dir: Path, tmp_path: Path) -> None:
-    """Also where there is no picture at all."""
+    """Rows without any picture do not count."""
     import datasets
 
     pictures = [{"bytes": data, "path": None} for data in [GOOD] * 10 + [JPEG[:300]]] + [None]
@@ -147,9 +146,9 @@ def test_unreadable_pictures_of_a_dataset_are_replaced_too(model_dir: Path, tmp_
     table.to_parquet(tmp_path / "data" / "train.parquet")
     args = parse("--dataset_name", str(tmp_path / "data"), "--cache_dir", str(tmp_path / "cache"), "--resolution", "32")
     dataset = trainer.load_dataset(args, [tiny_pipeline().tokenizer])
-    assert [dataset.pair(row)[1] for row in range(8, 12)] == [["a"], [], [], ["b"]]
-    samples = [dataset[(0, row)] for row in range(12)]
-    assert [int(sample["replaced"] > 0) for sample in samples] == [0] * 10 + [1, 1]
+    assert [dataset.pair(row)[1] for row in range(8, len(dataset))] == [["a"], [], []]
+    samples = [dataset[(0, row)] for row in range(11)]
+    assert [int(sample["replaced"] > 0) for sample in samples] == [0] * 10 + [1]
     red = torch.tensor([1.0, -1.0, -1.0])
     assert all(torch.allclose(sample["pixel_values"][:, 5, 5], red) for sample in samples)
 

@@ -116,6 +116,12 @@ def test_pattern_of_img2dataset_names_the_shards(tars: Path) -> None:
     assert set(read(tars / "00001.tar", range(3))) == set(range(PER_TAR, 2 * PER_TAR))
 
 
+def test_pattern_with_a_star_names_the_shards(tmp_path: Path) -> None:
+    for level in (1, 2):
+        write_tar(tmp_path / f"{level}.tar", pair("a", level))
+    assert set(read(tmp_path / "*.tar", range(4))) == {1, 2}
+
+
 def test_damage_costs_the_damaged_part_only(tars: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = tars / "00000.tar"
     first.write_bytes(first.read_bytes()[:3000])
@@ -125,11 +131,29 @@ def test_damage_costs_the_damaged_part_only(tars: Path, caplog: pytest.LogCaptur
     dataset, args = stream(tars)
     samples = [dataset[key] for batch in dataset.micro_batches(range(8), args) for key in batch]
     assert set(levels(samples)) == {*range(PER_TAR, 3 * PER_TAR), 101, 103}
-    assert [sample["replaced"].item() > 0 for sample in samples].count(True) == 2
+    assert {sample["failure"].split(":")[0] for sample in samples} == {"", "b.png"}
+    assert f"left out 1 rows of {tars}/00004.tar that have no picture" in caplog.text  # c.txt
     assert {record.message.split(":")[0] for record in caplog.records if record.levelname == "ERROR"} == {
-        "left out the rest of file 0 of the stream",
-        "left out the rest of file 3 of the stream",
+        f"left out the rest of {tars}/00000.tar",
+        f"left out the rest of {tars}/00003.tar",
     }
+
+
+def test_a_cut_tar_gives_the_pairs_before_the_cut(tmp_path: Path) -> None:
+    members = {name: data for level in range(1, 9) for name, data in pair(f"{level:09d}", level).items()}
+    write_tar(tmp_path / "0.tar", members)
+    data = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(data[: data.index(b"000000005.txt") + 600])  # in the middle of the fifth pair
+    assert set(read(tmp_path, range(8))) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("workers", ["0", "3"])
+def test_files_without_a_pair_do_not_end_the_stream(tmp_path: Path, workers: str) -> None:
+    """However often they come before the one that has some."""
+    write_tar(tmp_path / "good.tar", pair("a", 7))
+    for number in range(5):
+        (tmp_path / f"{number}.tar").write_bytes(b"no tar" * number)
+    assert read(tmp_path, range(20), "--dataloader_num_workers", workers) == [7] * 40
 
 
 def test_stream_of_nothing_but_damage_ends_with_a_sentence(tmp_path: Path) -> None:
@@ -145,6 +169,8 @@ def test_stream_of_nothing_but_damage_ends_with_a_sentence(tmp_path: Path) -> No
         ("{}", ["--image_column", "gif"], "--image_column gif is none of png, txt, json"),
         ("{}/{{00001..00009}}.tar", [], "no .*/00003.tar"),
         ("{}/nothing.tar", [], "no .*/nothing.tar"),
+        ("{}/*.tgz", [], r"no .*/\*.tgz"),
+        (__file__, [], "--streaming reads .tar, .tar.gz, .tgz, which .*test_streaming.py is not"),
         ("{}/..", [], "the tars are in .*pairs .*: give that"),
     ],
 )
