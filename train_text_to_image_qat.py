@@ -308,12 +308,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+# ---------------------------------------------------------------- errors, and random numbers
+
+
 class UsageError(Exception):
     """What the user gave cannot work; the message is one line that names it and the remedy. Exit code 2."""
 
 
 class TrainingError(Exception):
     """The run cannot go on: a full disk, a loss that is not finite. Exit code 1."""
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """What the system said: torch raises errors of its own about a full disk, before and after the system's."""
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    return first_line(next((link for link in chain if isinstance(link, OSError)), error))
+
+
+def generator_for(seed: int, *key: Any) -> torch.Generator:
+    """A generator that is a function of (seed, key), so that no random state has to survive a restart."""
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 # ---------------------------------------------------------------- start: threads, precision, logging
@@ -411,12 +432,6 @@ def start(args: argparse.Namespace) -> Accelerator:
     threads, processes = torch.get_num_threads(), accelerator.num_processes
     logger.info(f"{accelerator.device}, {threads} threads, {processes} process(es), mixed precision {precision}")
     return accelerator
-
-
-def generator_for(seed: int, *key: Any) -> torch.Generator:
-    """A generator that is a function of (seed, key), so that no random state has to survive a restart."""
-    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 # ---------------------------------------------------------------- the model
@@ -963,33 +978,6 @@ def load_lora(
         problem = first_line(error)
     if problem:
         raise UsageError(f"--lora {path} does not fit the checkpoint's {part}: {problem[:200]}")
-
-
-def split(
-    unet: UNet2DConditionModel, accelerator: Accelerator, training: bool = True
-) -> tuple[UNet2DConditionModel | None, UNet2DConditionModel]:
-    """The teacher (a frozen copy in the precision of the run) and the student (fp32 master weights).
-
-    Without training there is no teacher, and the student is frozen: autocast would keep copies of what learns.
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[accelerator.mixed_precision]
-    teacher = copy.deepcopy(unet).requires_grad_(False).eval() if training else None
-    if teacher is not None:
-        teacher.to(accelerator.device, dtype=dtype).to(memory_format=torch.channels_last)
-    student = unet.train().requires_grad_(training).to(accelerator.device, memory_format=torch.channels_last)
-    return teacher, student
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
-
-
-def reason_of(error: BaseException) -> str:
-    """What the system said: torch raises errors of its own about a full disk, before and after the system's."""
-    chain = [error]
-    while chain[-1].__context__ is not None:
-        chain.append(chain[-1].__context__)
-    return first_line(next((link for link in chain if isinstance(link, OSError)), error))
 
 
 # ---------------------------------------------------------------- data: captions
@@ -1645,586 +1633,14 @@ class MicroBatches(Sampler):
             yield keys
 
 
-# ---------------------------------------------------------------- quantization
-#
-# The convention, written once:
-#   weights      int8, symmetric, one scale per output channel: q = round(w * factor / scale), scale = absmax / 127
-#   activations  uint8, affine, one scale per tensor: q = clamp(round(x / factor / scale) + zero_point, 0, 255)
-# There is one factor per input channel: it takes from a channel's range what it gives to the weights that read it,
-# so that the product stays. Outputs are not quantized. The factors and the scales of activations are learned.
+def total_steps(args: argparse.Namespace, dataset: CaptionedImages, accelerator: Accelerator) -> int:
+    if args.max_train_steps is not None:
+        return args.max_train_steps
+    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    return args.num_train_epochs * math.ceil(len(dataset) / batch)
 
 
-def weight_scales(weight: torch.Tensor) -> torch.Tensor:
-    """One fp32 scale per output channel, [out]; nothing clips, as the scale follows the current weight."""
-    return row_scales(weight.detach().flatten(1))
-
-
-def row_scales(rows: torch.Tensor) -> torch.Tensor:
-    return rows.float().abs().amax(dim=1).clamp(min=1e-8) / 127
-
-
-def per_channel(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[out] -> [out, 1, ...], to broadcast over `weight`."""
-    return scale.view(-1, *[1] * (weight.dim() - 1))
-
-
-def per_input_channel(factor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[in] -> [1, in, 1, ...], to broadcast over `weight`."""
-    return factor.view(1, -1, *[1] * (weight.dim() - 2))
-
-
-def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 weight [out, ...] and its scales [out]."""
-    scale = weight_scales(weight)
-    return torch.round(weight.detach().float() / per_channel(scale, weight)).to(torch.int8), scale
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """What the following layer computes in: autocast's dtype where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-class Fused:
-    """A function of tensors that runs as it is written or, where `enabled`, compiled to one pass over memory.
-
-    Compiled programs take any sizes, but are made for one number of dimensions.
-    """
-
-    enabled = False
-
-    def __init__(self, function: Callable) -> None:
-        self.written, self.compiled = function, torch.compile(function, dynamic=True)
-
-    def __call__(self, *arguments: Any) -> Any:
-        return (self.compiled if Fused.enabled else self.written)(*arguments)
-
-
-@Fused
-def round_weight(rows: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Weights [out, n] on the int8 grid that they have when multiplied by the factors [n]."""
-    rows = rows.float() * factor
-    scale = row_scales(rows)[:, None]
-    return (torch.round(rows / scale) * (scale / factor)).to(dtype)
-
-
-@Fused
-def round_activation(
-    rows: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Inputs [n, channels] on the uint8 grid that they have when divided by the factors [channels]."""
-    step = scale * factor
-    levels = torch.clamp(torch.round(rows.float() / step) + zero_point, 0, 255)
-    return ((levels - zero_point) * step).to(dtype)
-
-
-@Fused
-def activation_gradients(
-    grad: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the inputs [n, channels] and of the logarithms of the channels' steps, [channels].
-
-    The latter is the rounding error inside of the range, the clipped value outside of it.
-    """
-    step = scale * factor
-    levels = torch.round(rows.float() / step) + zero_point
-    inside = (levels >= 0) & (levels <= 255)
-    quantized = (levels.clamp(0, 255) - zero_point) * step
-    slope = torch.where(inside, quantized - rows, quantized)
-    grad = grad.float()
-    return torch.where(inside, grad, 0.0).to(rows.dtype), (grad * slope).sum(dim=0)
-
-
-def to_rows(x: torch.Tensor, channel_dim: int) -> torch.Tensor:
-    """[n, channels], as `Fused` wants them: contiguous (no copy of channels_last memory), and a view of nothing."""
-    return x.movedim(channel_dim, -1).reshape(-1, x.shape[channel_dim]).contiguous().data
-
-
-def from_rows(rows: torch.Tensor, like: torch.Tensor, channel_dim: int) -> torch.Tensor:
-    return rows.view(like.movedim(channel_dim, -1).shape).movedim(-1, channel_dim)
-
-
-class FakeQuantizeWeight(torch.autograd.Function):
-    """Round to the int8 grid and back; the gradient passes straight through (arXiv 1308.3432), as nothing clips."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        channels_last = weight.movedim(1, -1)  # the order of memory, for most
-        rows = channels_last.flatten(1).contiguous().data
-        factors = factor.repeat(channels_last.shape[1:-1].numel())
-        return round_weight(rows, factors, compute_dtype(weight)).view(channels_last.shape).movedim(-1, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
-
-
-class FakeQuantizeActivation(torch.autograd.Function):
-    """Round to the uint8 grid and back, with a learned scale and learned channel factors.
-
-    LSQ, arXiv 1902.08153, equations 2 and 3; both are learned as logarithms, so that an optimizer step changes them by
-    a ratio. The paper divides the scale's gradient by a constant, which Adam would take out again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        channel_dim: int,
-        log_factor: torch.Tensor,
-        log_scale: torch.Tensor,
-        zero_point: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.channel_dim = channel_dim
-        ctx.save_for_backward(x, log_factor, log_scale, zero_point)
-        grid = log_factor.detach().exp(), log_scale.detach().exp(), zero_point
-        return from_rows(round_activation(to_rows(x, channel_dim), *grid, compute_dtype(x)), x, channel_dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, log_factor, log_scale, zero_point = ctx.saved_tensors
-        rows, grad_rows = to_rows(x, ctx.channel_dim), to_rows(grad, ctx.channel_dim)
-        grid = log_factor.detach().exp(), log_scale.detach().exp(), zero_point
-        grad_rows, grad_steps = activation_gradients(grad_rows, rows, *grid)
-        return from_rows(grad_rows, x, ctx.channel_dim), None, grad_steps, grad_steps.sum(), None
-
-
-GRIDS = ("log_scale", "log_factor")  # what an InputQuantizer learns
-
-
-class InputObserver(nn.Module):
-    """What is known of one input tensor, for all layers that read it: the channels' ranges and factors."""
-
-    def __init__(self, channels: int, channel_dim: int) -> None:
-        super().__init__()
-        self.channel_dim = channel_dim
-        self.readers = 1  # layers that take this tensor
-        self.register_buffer("log_factor", torch.zeros(channels))
-        # observed per channel, [channels]; every range holds 0, as padding needs it
-        self.register_buffer("low", torch.zeros(channels), persistent=False)
-        self.register_buffer("high", torch.zeros(channels), persistent=False)
-
-    @property
-    def factor(self) -> torch.Tensor:
-        return self.log_factor.detach().exp()
-
-    @torch.no_grad()
-    def observe(self, x: torch.Tensor) -> None:
-        """Widen the ranges to hold `x`; a batch with a non-finite value is left out of them."""
-        rows = x.detach().movedim(self.channel_dim, -1).flatten(0, -2).float()
-        low, high = rows.amin(dim=0), rows.amax(dim=0)
-        if torch.isfinite(high - low).all():
-            self.low.copy_(torch.minimum(self.low, low))
-            self.high.copy_(torch.maximum(self.high, high))
-
-
-class InputQuantizer(InputObserver):
-    """The quantizer of one input tensor.
-
-    Only `observe` and `freeze_range` change its state, so gradient checkpointing, which runs the forward
-    pass twice, trains the same model as without it.
-    """
-
-    def __init__(self, channels: int, channel_dim: int) -> None:
-        super().__init__(channels, channel_dim)
-        del self.log_factor  # here it learns
-        self.log_factor, self.log_scale = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(()))
-        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
-        self.waiting = 0  # readers yet to come for the latest (input, quantized input)
-        self.latest: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @torch.no_grad()
-    def freeze_range(self) -> None:
-        """Turn the observed ranges into one scale and zero point."""
-        low, high = (self.low / self.factor).min(), (self.high / self.factor).max()
-        scale = (high - low).clamp(min=1e-8) / 255
-        self.log_scale.copy_(scale.log())
-        self.zero_point.copy_(torch.round(-low / scale).clamp(0, 255))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Quantize for the first of the readers, and keep that for the others."""
-        if self.latest is None or self.latest[0] is not x:
-            grid = self.log_factor, self.log_scale, self.zero_point
-            quantized = FakeQuantizeActivation.apply(x, self.channel_dim, *grid)
-            self.latest, self.waiting = (x, quantized), self.readers
-        quantized, self.waiting = self.latest[1], self.waiting - 1
-        if self.waiting == 0:
-            self.latest = None
-        return quantized
-
-
-class FakeInt8:
-    """What FakeInt8Linear and FakeInt8Conv2d share: the step before the float arithmetic.
-
-    `observer` is an InputQuantizer, or an InputObserver where only the weights are int8.
-    """
-
-    mode = "float"  # float: as it was; observe: also widen the input's range; quantize
-
-    def adopt(self, layer: nn.Linear | nn.Conv2d, channels: int, channel_dim: int, quantize_input: bool) -> None:
-        """Take over the float layer's parameters, and get an observer for its input."""
-        self.weight, self.bias = layer.weight, layer.bias
-        observer = InputQuantizer if quantize_input else InputObserver
-        self.observer = observer(channels, channel_dim).to(layer.weight.device)
-
-    def quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input and weight as the int8 twin of this layer will use them."""
-        if self.mode == "observe":
-            self.observer.observe(x)
-        if self.mode != "quantize":
-            return x, self.weight
-        if isinstance(self.observer, InputQuantizer):
-            x = self.observer(x)
-        return x, FakeQuantizeWeight.apply(self.weight, self.observer.factor)
-
-
-class FakeInt8Linear(FakeInt8, nn.Linear):
-    """A Linear that computes what its int8 twin will, in float, with gradients."""
-
-    @classmethod
-    def from_float(cls, layer: nn.Linear, quantize_input: bool) -> FakeInt8Linear:
-        fake = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        fake.adopt(layer, layer.in_features, channel_dim=-1, quantize_input=quantize_input)
-        return fake
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(*self.quantized(x), self.bias)
-
-
-class FakeInt8Conv2d(FakeInt8, nn.Conv2d):
-    """A Conv2d that computes what its int8 twin will, in float, with gradients."""
-
-    @classmethod
-    def from_float(cls, layer: nn.Conv2d, quantize_input: bool) -> FakeInt8Conv2d:
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or layer.groups != 1:
-            how = f"pads by {layer.padding_mode}, {layer.padding}, in {layer.groups} groups"
-            raise UsageError(f"a convolution {how}: --keep_float it")
-        shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        fake = cls(*shape, bias=layer.bias is not None, device="meta")
-        fake.adopt(layer, layer.in_channels, channel_dim=1, quantize_input=quantize_input)
-        return fake
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(*self.quantized(x), self.bias)
-
-
-class Int8Weights(nn.Module):
-    """What is kept of a converted layer: weight int8, weight_scale [out], input_factor [in], bias, and where the input
-    is quantized too input_scale [], input_zero_point [].
-
-    It computes nothing: text2images.py builds the int8 layer that runs from these tensors.
-    """
-
-    @classmethod
-    def from_fake(cls, layer: FakeInt8Linear | FakeInt8Conv2d) -> Int8Weights:
-        stored = cls()
-        observer = layer.observer
-        weight, weight_scale = quantize_weight(layer.weight * per_input_channel(observer.factor, layer.weight))
-        bias = None if layer.bias is None else layer.bias.detach()
-        tensors = {"weight": weight, "weight_scale": weight_scale, "input_factor": observer.factor, "bias": bias}
-        if isinstance(observer, InputQuantizer):
-            scale, zero_point = observer.log_scale.detach().exp(), observer.zero_point.clone()
-            tensors |= {"input_scale": scale, "input_zero_point": zero_point}
-        for name, tensor in tensors.items():
-            stored.register_buffer(name, tensor)
-        return stored
-
-
-FAKE_INT8 = {"Linear": FakeInt8Linear, "Conv2d": FakeInt8Conv2d}
-
-
-def swap(unet: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(unet.get_submodule(parent), child, layer)
-
-
-def share_observers(unet: nn.Module) -> None:
-    """Self-attention's q, k and v read one tensor, cross-attention's k and v another: one range for each."""
-    for attention in unet.modules():
-        if not hasattr(attention, "to_q"):
-            continue
-        readers = [attention.to_k, attention.to_v] + ([] if attention.is_cross_attention else [attention.to_q])
-        kinds: dict[type, InputObserver] = {}
-        for layer in readers:
-            if isinstance(layer, FakeInt8):
-                layer.observer = kinds.setdefault(type(layer.observer), layer.observer)
-    for observer, layers in observers(unet).items():
-        observer.readers = len(layers)
-
-
-def observers(unet: nn.Module) -> dict[InputObserver, list[nn.Module]]:
-    """What is observed or quantized, and the layers that read it."""
-    readers: dict[InputObserver, list[nn.Module]] = {}
-    for layer in unet.modules():
-        if isinstance(layer, FakeInt8):
-            readers.setdefault(layer.observer, []).append(layer)
-    return readers
-
-
-def input_quantizers(unet: nn.Module) -> list[InputQuantizer]:
-    return [observer for observer in observers(unet) if isinstance(observer, InputQuantizer)]
-
-
-def set_mode(unet: nn.Module, mode: str) -> None:
-    for layer in unet.modules():
-        if isinstance(layer, FakeInt8):
-            layer.mode = mode
-
-
-def compile_fake_quantization(student: nn.Module, accelerator: Accelerator) -> None:
-    """Compile it for large UNets on CPUs: that takes up to half a minute once (the result is cached), and saves more.
-
-    Runs layers of a middle size, as what is compiled from small ones would use one thread for all.
-    """
-    size = sum(parameter.numel() for parameter in student.parameters())
-    if size < COMPILE_ABOVE or accelerator.device.type != "cpu":
-        return
-    began, Fused.enabled = time.monotonic(), True
-    try:
-        for quantize_input in (True, False):
-            layer = FakeInt8Linear.from_float(nn.Linear(320, 640), quantize_input)
-            layer.mode = "quantize"
-            with accelerator.autocast():
-                x = torch.zeros(4096, 320)
-                output = layer(x.to(compute_dtype(x)).requires_grad_())
-            output.sum().backward()
-        logger.info(f"compiled the fake quantization in {time.monotonic() - began:.0f} s")
-    except Exception as error:  # no C++ compiler, no room for its cache, ...
-        Fused.enabled = False
-        logger.warning(f"the fake quantization runs uncompiled, which is slower: {first_line(error)}")
-
-
-# ---------------------------------------------------------------- the recipe: an Intel Neural Compressor configuration
-
-
-@register_config(framework_name="torch", algo_name="sd_unet_int8")
-class Int8Config(TorchBaseConfig):
-    """Which layer gets which dtypes: int8 and uint8, int8 and fp32 (weights only), fp32 and fp32 (kept in float).
-
-    `set_local(pattern, KEEP_FLOAT)` keeps layers in float. A pattern is matched from the start of a
-    layer's name (re.match); of several that match, the last one counts.
-    """
-
-    name = "sd_unet_int8"
-
-    def __init__(
-        self, w_dtype: str = "int8", act_dtype: str = "uint8", white_list: Any = DEFAULT_WHITE_LIST, **kwargs: Any
-    ) -> None:
-        super().__init__(white_list)
-        if (w_dtype, act_dtype) not in (("int8", "uint8"), ("int8", "fp32"), ("fp32", "fp32")):
-            raise ValueError(f"w_dtype={w_dtype}, act_dtype={act_dtype}: use int8, uint8 or int8, fp32 or fp32, fp32")
-        self.w_dtype, self.act_dtype = w_dtype, act_dtype
-        self._post_init()
-
-    def get_params_dict(self) -> dict[str, str]:
-        return {"w_dtype": self.w_dtype, "act_dtype": self.act_dtype}
-
-    def get_model_info(self, model: nn.Module, example_inputs: Any = None) -> list[tuple[str, str]]:
-        kinds = (nn.Linear, nn.Conv2d)
-        return [(name, type(layer).__name__) for name, layer in model.named_modules() if isinstance(layer, kinds)]
-
-    @classmethod
-    def register_supported_configs(cls) -> None:
-        """Nothing to add: tuning over variants is not offered."""
-
-    @classmethod
-    def get_config_set_for_tuning(cls) -> list[Int8Config]:
-        return [cls()]
-
-
-KEEP_FLOAT = Int8Config(w_dtype="fp32", act_dtype="fp32")
-WEIGHT_ONLY = Int8Config(w_dtype="int8", act_dtype="fp32")
-
-
-@register_algo("sd_unet_int8")
-def int8_algorithm(unet: nn.Module, configs_mapping: dict, mode: Mode, **kwargs: Any) -> nn.Module:
-    """PREPARE makes float layers fake-int8 ones; CONVERT makes those int8 tensors, and layers kept in float fp16."""
-    for (name, kind), config in configs_mapping.items():
-        layer = unet.get_submodule(name)
-        if mode == Mode.PREPARE:
-            if config.w_dtype == "int8":
-                swap(unet, name, FAKE_INT8[kind].from_float(layer, quantize_input=config.act_dtype == "uint8"))
-        elif config.w_dtype == "int8":
-            swap(unet, name, Int8Weights.from_fake(layer))
-        elif layer.weight.abs().max() < torch.finfo(torch.float16).max:  # bf16 is as small and 8 times coarser
-            layer.weight = nn.Parameter(layer.weight.detach().half(), requires_grad=False)
-    if mode == Mode.PREPARE:
-        share_observers(unet)
-    return unet
-
-
-def recipe(args: argparse.Namespace, unet: UNet2DConditionModel) -> Int8Config:
-    """The configuration that the flags ask for.
-
-    Raises:
-        UsageError: a pattern of the user's matches no layer, or nothing is left to quantize.
-    """
-    keep_float, weight_only = args.keep_float, args.weight_only
-    if keep_float is not DEFAULT_KEEP_FLOAT and weight_only is DEFAULT_WEIGHT_ONLY:
-        weight_only = []
-    elif weight_only is not DEFAULT_WEIGHT_ONLY and keep_float is DEFAULT_KEEP_FLOAT:
-        keep_float = []
-    default = keep_float is DEFAULT_KEEP_FLOAT and args.quantization_config is None
-    if args.quantization_config is not None:
-        try:
-            config = Int8Config.from_dict(json.loads(args.quantization_config.read_text(encoding="utf-8")))
-        except Exception as error:  # neural-compressor meets a wrong recipe in ways of its own
-            raise UsageError(f"--quantization_config {args.quantization_config}: {first_line(error)}") from error
-    else:
-        config = Int8Config()
-        for pattern in weight_only:
-            config.set_local(pattern, WEIGHT_ONLY)
-        for pattern in keep_float:
-            config.set_local(pattern, KEEP_FLOAT)
-    layers = config.get_model_info(unet)
-    for pattern in map(str, config.local_config):
-        if re.search(r"\)\s*[*+{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 4:
-            raise UsageError(f"layer pattern {pattern!r} could take for ever to match: no repeated groups, 4 of *+?{{")
-        try:
-            matches = sum(re.match(pattern, name) is not None for name, _ in layers)
-        except re.error as error:
-            raise UsageError(f"layer pattern {pattern!r} is no regular expression: {error}") from error
-        if not matches and not default:  # a UNet may lack a kind of layer, but a typing error should not pass
-            raise UsageError(f"layer pattern {pattern!r} matches none of the UNet's layers, such as {layers[-1][0]}")
-    mapping = config.to_config_mapping(model_info=layers)
-    kinds = [(layer.w_dtype, layer.act_dtype) for layer in mapping.values()]
-    int8, weights = kinds.count(("int8", "uint8")), kinds.count(("int8", "fp32"))
-    if not int8 + weights:
-        raise UsageError("every layer is kept in float: there is nothing to quantize")
-    rest = f"{weights} with int8 weights only, {len(layers) - int8 - weights} kept in float"
-    logger.info(f"{int8} of {len(layers)} Linear and Conv2d layers in int8, {rest}")
-    return config
-
-
-# ---------------------------------------------------------------- calibration
-
-
-@torch.no_grad()
-def calibrate(
-    student: UNet2DConditionModel,
-    pipeline: Pipeline,
-    dataset: CaptionedImages,
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-) -> None:
-    """Set every activation range to the least and greatest value met in noised pictures of the data.
-
-    As in training, captions are emptied at times, and each batch has early and late timesteps. Here all are equally
-    likely: the ranges must hold what comes at any of them. The many pictures count: the ranges of twenty that the model
-    paints itself, step by step, are too small for some others. Processes share the batches, and the widest range counts
-    for all of them.
-    """
-    began = time.monotonic()
-    numbers = range(accelerator.process_index, args.calibration_steps, accelerator.num_processes)
-    keys = dataset.micro_batches(numbers, args)
-    loader = DataLoader(dataset, batch_sampler=keys, num_workers=args.dataloader_num_workers)
-    watch, finite = Watch(dataset.remedy), {"VAE": 0, "text encoder": 0, "UNet": 0}  # batches
-    set_mode(student, "observe")
-    # not tqdm(loader): it asks for an iterator twice, and the keys of a stream come once
-    progress = tqdm(total=len(numbers), desc="calibrate", disable=not accelerator.is_main_process)
-    for number, batch in zip(numbers, loader):
-        watch.note({}, batch)
-        generator = generator_for(args.seed, "calibration", number)
-        noised = noise_pictures(pipeline, batch, (0, 1), 1, generator, accelerator)
-        with accelerator.autocast():
-            output = noised.predict(student)
-        told = noised.conditioning["encoder_hidden_states"]
-        for part, tensor in (("VAE", noised.latents), ("text encoder", told), ("UNet", output)):
-            finite[part] += bool(torch.isfinite(tensor).all())
-        progress.update()
-    progress.close()
-    for part, count in finite.items():
-        if not count and watch.samples:  # single batches may be odd, and enter no range
-            remedy = "a VAE of fp16 may overflow: take one in fp32" if part == "VAE" else "copy its weights again"
-            raise UsageError(f"the checkpoint's {part} gives values that are not finite: {remedy}")
-    if accelerator.num_processes > 1:
-        for observer in observers(student):
-            torch.distributed.all_reduce(observer.low, op=torch.distributed.ReduceOp.MIN)
-            torch.distributed.all_reduce(observer.high, op=torch.distributed.ReduceOp.MAX)
-    set_ranges(student)
-    logger.info(f"calibrated {len(input_quantizers(student))} activation ranges in {time.monotonic() - began:.0f} s")
-
-
-def set_ranges(student: nn.Module) -> None:
-    """Turn what was observed into channel factors, scales and zero points."""
-    smooth(student)
-    for quantizer in input_quantizers(student):
-        quantizer.freeze_range()
-
-
-@torch.no_grad()
-def smooth(unet: nn.Module) -> None:
-    """Choose the channel factors that training starts from.
-
-    A few large channels then no longer set the step size of all (SmoothQuant, arXiv 2211.10438, equation 4). There
-    the factors are folded into the norm before; here the quantizer divides by them, which costs nothing either, as
-    it divides by its scale anyway, and works behind any operation. Weights that are int8 alone are divided by them
-    when they are dequantized.
-    """
-    for observer, layers in observers(unet).items():
-        inputs = torch.maximum(-observer.low, observer.high)
-        weights = torch.stack([layer.weight.abs().transpose(0, 1).flatten(1).amax(dim=1) for layer in layers])
-        share = SMOOTHING if isinstance(observer, InputQuantizer) else WEIGHT_ONLY_SMOOTHING
-        log_factors = share * inputs.log() - (1 - share) * weights.amax(dim=0).log()
-        used = torch.isfinite(log_factors)  # a channel that is always 0, or never counts, has no say
-        observer.log_factor.copy_(torch.where(used, log_factors - log_factors[used].mean(), 0.0))
-
-
-# ---------------------------------------------------------------- losses
-
-
-class BlockOutputs:
-    """The outputs of a UNet's down, mid and up blocks in its latest forward pass; `with` removes the hooks."""
-
-    def __init__(self, unet: UNet2DConditionModel, enabled: bool) -> None:
-        self.outputs: list[torch.Tensor] = []
-        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks] if enabled else []
-        self.hooks = [block.register_forward_hook(self.keep) for block in blocks if block is not None]
-
-    def keep(self, block: nn.Module, inputs: Any, output: Any) -> None:
-        self.outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    def take(self) -> list[torch.Tensor]:
-        outputs, self.outputs = self.outputs, []
-        return outputs
-
-    def __enter__(self) -> BlockOutputs:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-
-def training_target(
-    scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-) -> torch.Tensor:
-    """What the model is to predict, by the checkpoint's own prediction type; [B, 4, H/8, W/8]."""
-    kind = scheduler.config.prediction_type
-    if kind == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timesteps)
-    return {"epsilon": noise, "sample": latents}[kind]
-
-
-def log_distance(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """Mean over the samples of log(mean squared error), for tensors [B, ...].
-
-    So each sample counts by how much its own error shrinks: the error at the last timesteps of a painting is forty
-    times that at the first, and a plain mean would hear of nothing else.
-    """
-    return (ours - theirs).float().square().flatten(1).mean(dim=1).clamp(min=1e-20).log().mean()
-
-
-def task_loss(
-    output: torch.Tensor, target: torch.Tensor, scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float | None
-) -> torch.Tensor:
-    """Denoising error, weighted by min-SNR (arXiv 2303.09556, section 3.4) where a gamma is given."""
-    error = (output - target).square().mean(dim=(1, 2, 3))
-    if gamma is not None:
-        snr = compute_snr(scheduler, timesteps)
-        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-        error = error * snr.clamp(max=gamma) / divisor[scheduler.config.prediction_type].clamp(min=1e-8)
-    return error.mean()
+# ---------------------------------------------------------------- latents, noise and timesteps
 
 
 def encode(
@@ -2380,6 +1796,898 @@ def cache_latents(
     micro_batches = dataset.micro_batches(range(max(of_training, args.calibration_steps)), args)
     cache.fill(itertools.chain.from_iterable(micro_batches), pipeline, accelerator)
     return cache
+
+
+# ---------------------------------------------------------------- fake quantization
+#
+# The convention, written once:
+#   weights      int8, symmetric, one scale per output channel: q = round(w * factor / scale), scale = absmax / 127
+#   activations  uint8, affine, one scale per tensor: q = clamp(round(x / factor / scale) + zero_point, 0, 255)
+# There is one factor per input channel: it takes from a channel's range what it gives to the weights that read it,
+# so that the product stays. Outputs are not quantized. The factors and the scales of activations are learned.
+
+
+def weight_scales(weight: torch.Tensor) -> torch.Tensor:
+    """One fp32 scale per output channel, [out]; nothing clips, as the scale follows the current weight."""
+    return row_scales(weight.detach().flatten(1))
+
+
+def row_scales(rows: torch.Tensor) -> torch.Tensor:
+    return rows.float().abs().amax(dim=1).clamp(min=1e-8) / 127
+
+
+def per_channel(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[out] -> [out, 1, ...], to broadcast over `weight`."""
+    return scale.view(-1, *[1] * (weight.dim() - 1))
+
+
+def per_input_channel(factor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[in] -> [1, in, 1, ...], to broadcast over `weight`."""
+    return factor.view(1, -1, *[1] * (weight.dim() - 2))
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 weight [out, ...] and its scales [out]."""
+    scale = weight_scales(weight)
+    return torch.round(weight.detach().float() / per_channel(scale, weight)).to(torch.int8), scale
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What the following layer computes in: autocast's dtype where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class Fused:
+    """A function of tensors that runs as it is written or, where `enabled`, compiled to one pass over memory.
+
+    Compiled programs take any sizes, but are made for one number of dimensions.
+    """
+
+    enabled = False
+
+    def __init__(self, function: Callable) -> None:
+        self.written, self.compiled = function, torch.compile(function, dynamic=True)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return (self.compiled if Fused.enabled else self.written)(*arguments)
+
+
+@Fused
+def round_weight(rows: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Weights [out, n] on the int8 grid that they have when multiplied by the factors [n]."""
+    rows = rows.float() * factor
+    scale = row_scales(rows)[:, None]
+    return (torch.round(rows / scale) * (scale / factor)).to(dtype)
+
+
+@Fused
+def round_activation(
+    rows: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Inputs [n, channels] on the uint8 grid that they have when divided by the factors [channels]."""
+    step = scale * factor
+    levels = torch.clamp(torch.round(rows.float() / step) + zero_point, 0, 255)
+    return ((levels - zero_point) * step).to(dtype)
+
+
+@Fused
+def activation_gradients(
+    grad: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the inputs [n, channels] and of the logarithms of the channels' steps, [channels].
+
+    The latter is the rounding error inside of the range, the clipped value outside of it.
+    """
+    step = scale * factor
+    levels = torch.round(rows.float() / step) + zero_point
+    inside = (levels >= 0) & (levels <= 255)
+    quantized = (levels.clamp(0, 255) - zero_point) * step
+    slope = torch.where(inside, quantized - rows, quantized)
+    grad = grad.float()
+    return torch.where(inside, grad, 0.0).to(rows.dtype), (grad * slope).sum(dim=0)
+
+
+def to_rows(x: torch.Tensor, channel_dim: int) -> torch.Tensor:
+    """[n, channels], as `Fused` wants them: contiguous (no copy of channels_last memory), and a view of nothing."""
+    return x.movedim(channel_dim, -1).reshape(-1, x.shape[channel_dim]).contiguous().data
+
+
+def from_rows(rows: torch.Tensor, like: torch.Tensor, channel_dim: int) -> torch.Tensor:
+    return rows.view(like.movedim(channel_dim, -1).shape).movedim(-1, channel_dim)
+
+
+class FakeQuantizeWeight(torch.autograd.Function):
+    """Round to the int8 grid and back; the gradient passes straight through (arXiv 1308.3432), as nothing clips."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        channels_last = weight.movedim(1, -1)  # the order of memory, for most
+        rows = channels_last.flatten(1).contiguous().data
+        factors = factor.repeat(channels_last.shape[1:-1].numel())
+        return round_weight(rows, factors, compute_dtype(weight)).view(channels_last.shape).movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+class FakeQuantizeActivation(torch.autograd.Function):
+    """Round to the uint8 grid and back, with a learned scale and learned channel factors.
+
+    LSQ, arXiv 1902.08153, equations 2 and 3; both are learned as logarithms, so that an optimizer step changes them by
+    a ratio. The paper divides the scale's gradient by a constant, which Adam would take out again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        channel_dim: int,
+        log_factor: torch.Tensor,
+        log_scale: torch.Tensor,
+        zero_point: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.channel_dim = channel_dim
+        ctx.save_for_backward(x, log_factor, log_scale, zero_point)
+        grid = log_factor.detach().exp(), log_scale.detach().exp(), zero_point
+        return from_rows(round_activation(to_rows(x, channel_dim), *grid, compute_dtype(x)), x, channel_dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, log_factor, log_scale, zero_point = ctx.saved_tensors
+        rows, grad_rows = to_rows(x, ctx.channel_dim), to_rows(grad, ctx.channel_dim)
+        grid = log_factor.detach().exp(), log_scale.detach().exp(), zero_point
+        grad_rows, grad_steps = activation_gradients(grad_rows, rows, *grid)
+        return from_rows(grad_rows, x, ctx.channel_dim), None, grad_steps, grad_steps.sum(), None
+
+
+# ---------------------------------------------------------------- fake-int8 layers
+
+GRIDS = ("log_scale", "log_factor")  # what an InputQuantizer learns
+
+
+class InputObserver(nn.Module):
+    """What is known of one input tensor, for all layers that read it: the channels' ranges and factors."""
+
+    def __init__(self, channels: int, channel_dim: int) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
+        self.readers = 1  # layers that take this tensor
+        self.register_buffer("log_factor", torch.zeros(channels))
+        # observed per channel, [channels]; every range holds 0, as padding needs it
+        self.register_buffer("low", torch.zeros(channels), persistent=False)
+        self.register_buffer("high", torch.zeros(channels), persistent=False)
+
+    @property
+    def factor(self) -> torch.Tensor:
+        return self.log_factor.detach().exp()
+
+    @torch.no_grad()
+    def observe(self, x: torch.Tensor) -> None:
+        """Widen the ranges to hold `x`; a batch with a non-finite value is left out of them."""
+        rows = x.detach().movedim(self.channel_dim, -1).flatten(0, -2).float()
+        low, high = rows.amin(dim=0), rows.amax(dim=0)
+        if torch.isfinite(high - low).all():
+            self.low.copy_(torch.minimum(self.low, low))
+            self.high.copy_(torch.maximum(self.high, high))
+
+
+class InputQuantizer(InputObserver):
+    """The quantizer of one input tensor.
+
+    Only `observe` and `freeze_range` change its state, so gradient checkpointing, which runs the forward
+    pass twice, trains the same model as without it.
+    """
+
+    def __init__(self, channels: int, channel_dim: int) -> None:
+        super().__init__(channels, channel_dim)
+        del self.log_factor  # here it learns
+        self.log_factor, self.log_scale = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+        self.waiting = 0  # readers yet to come for the latest (input, quantized input)
+        self.latest: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def freeze_range(self) -> None:
+        """Turn the observed ranges into one scale and zero point."""
+        low, high = (self.low / self.factor).min(), (self.high / self.factor).max()
+        scale = (high - low).clamp(min=1e-8) / 255
+        self.log_scale.copy_(scale.log())
+        self.zero_point.copy_(torch.round(-low / scale).clamp(0, 255))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantize for the first of the readers, and keep that for the others."""
+        if self.latest is None or self.latest[0] is not x:
+            grid = self.log_factor, self.log_scale, self.zero_point
+            quantized = FakeQuantizeActivation.apply(x, self.channel_dim, *grid)
+            self.latest, self.waiting = (x, quantized), self.readers
+        quantized, self.waiting = self.latest[1], self.waiting - 1
+        if self.waiting == 0:
+            self.latest = None
+        return quantized
+
+
+class FakeInt8:
+    """What FakeInt8Linear and FakeInt8Conv2d share: the step before the float arithmetic.
+
+    `observer` is an InputQuantizer, or an InputObserver where only the weights are int8.
+    """
+
+    mode = "float"  # float: as it was; observe: also widen the input's range; quantize
+
+    def adopt(self, layer: nn.Linear | nn.Conv2d, channels: int, channel_dim: int, quantize_input: bool) -> None:
+        """Take over the float layer's parameters, and get an observer for its input."""
+        self.weight, self.bias = layer.weight, layer.bias
+        observer = InputQuantizer if quantize_input else InputObserver
+        self.observer = observer(channels, channel_dim).to(layer.weight.device)
+
+    def quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input and weight as the int8 twin of this layer will use them."""
+        if self.mode == "observe":
+            self.observer.observe(x)
+        if self.mode != "quantize":
+            return x, self.weight
+        if isinstance(self.observer, InputQuantizer):
+            x = self.observer(x)
+        return x, FakeQuantizeWeight.apply(self.weight, self.observer.factor)
+
+
+class FakeInt8Linear(FakeInt8, nn.Linear):
+    """A Linear that computes what its int8 twin will, in float, with gradients."""
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear, quantize_input: bool) -> FakeInt8Linear:
+        fake = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        fake.adopt(layer, layer.in_features, channel_dim=-1, quantize_input=quantize_input)
+        return fake
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(*self.quantized(x), self.bias)
+
+
+class FakeInt8Conv2d(FakeInt8, nn.Conv2d):
+    """A Conv2d that computes what its int8 twin will, in float, with gradients."""
+
+    @classmethod
+    def from_float(cls, layer: nn.Conv2d, quantize_input: bool) -> FakeInt8Conv2d:
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or layer.groups != 1:
+            how = f"pads by {layer.padding_mode}, {layer.padding}, in {layer.groups} groups"
+            raise UsageError(f"a convolution {how}: --keep_float it")
+        shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        fake = cls(*shape, bias=layer.bias is not None, device="meta")
+        fake.adopt(layer, layer.in_channels, channel_dim=1, quantize_input=quantize_input)
+        return fake
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(*self.quantized(x), self.bias)
+
+
+class Int8Weights(nn.Module):
+    """What is kept of a converted layer: weight int8, weight_scale [out], input_factor [in], bias, and where the input
+    is quantized too input_scale [], input_zero_point [].
+
+    It computes nothing: text2images.py builds the int8 layer that runs from these tensors.
+    """
+
+    @classmethod
+    def from_fake(cls, layer: FakeInt8Linear | FakeInt8Conv2d) -> Int8Weights:
+        stored = cls()
+        observer = layer.observer
+        weight, weight_scale = quantize_weight(layer.weight * per_input_channel(observer.factor, layer.weight))
+        bias = None if layer.bias is None else layer.bias.detach()
+        tensors = {"weight": weight, "weight_scale": weight_scale, "input_factor": observer.factor, "bias": bias}
+        if isinstance(observer, InputQuantizer):
+            scale, zero_point = observer.log_scale.detach().exp(), observer.zero_point.clone()
+            tensors |= {"input_scale": scale, "input_zero_point": zero_point}
+        for name, tensor in tensors.items():
+            stored.register_buffer(name, tensor)
+        return stored
+
+
+def observers(unet: nn.Module) -> dict[InputObserver, list[nn.Module]]:
+    """What is observed or quantized, and the layers that read it."""
+    readers: dict[InputObserver, list[nn.Module]] = {}
+    for layer in unet.modules():
+        if isinstance(layer, FakeInt8):
+            readers.setdefault(layer.observer, []).append(layer)
+    return readers
+
+
+def input_quantizers(unet: nn.Module) -> list[InputQuantizer]:
+    return [observer for observer in observers(unet) if isinstance(observer, InputQuantizer)]
+
+
+def set_mode(unet: nn.Module, mode: str) -> None:
+    for layer in unet.modules():
+        if isinstance(layer, FakeInt8):
+            layer.mode = mode
+
+
+def compile_fake_quantization(student: nn.Module, accelerator: Accelerator) -> None:
+    """Compile it for large UNets on CPUs: that takes up to half a minute once (the result is cached), and saves more.
+
+    Runs layers of a middle size, as what is compiled from small ones would use one thread for all.
+    """
+    size = sum(parameter.numel() for parameter in student.parameters())
+    if size < COMPILE_ABOVE or accelerator.device.type != "cpu":
+        return
+    began, Fused.enabled = time.monotonic(), True
+    try:
+        for quantize_input in (True, False):
+            layer = FakeInt8Linear.from_float(nn.Linear(320, 640), quantize_input)
+            layer.mode = "quantize"
+            with accelerator.autocast():
+                x = torch.zeros(4096, 320)
+                output = layer(x.to(compute_dtype(x)).requires_grad_())
+            output.sum().backward()
+        logger.info(f"compiled the fake quantization in {time.monotonic() - began:.0f} s")
+    except Exception as error:  # no C++ compiler, no room for its cache, ...
+        Fused.enabled = False
+        logger.warning(f"the fake quantization runs uncompiled, which is slower: {first_line(error)}")
+
+
+# ---------------------------------------------------------------- prepare and convert, by Intel Neural Compressor
+
+
+def split(
+    unet: UNet2DConditionModel, accelerator: Accelerator, training: bool = True
+) -> tuple[UNet2DConditionModel | None, UNet2DConditionModel]:
+    """The teacher (a frozen copy in the precision of the run) and the student (fp32 master weights).
+
+    Without training there is no teacher, and the student is frozen: autocast would keep copies of what learns.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[accelerator.mixed_precision]
+    teacher = copy.deepcopy(unet).requires_grad_(False).eval() if training else None
+    if teacher is not None:
+        teacher.to(accelerator.device, dtype=dtype).to(memory_format=torch.channels_last)
+    student = unet.train().requires_grad_(training).to(accelerator.device, memory_format=torch.channels_last)
+    return teacher, student
+
+
+@register_config(framework_name="torch", algo_name="sd_unet_int8")
+class Int8Config(TorchBaseConfig):
+    """Which layer gets which dtypes: int8 and uint8, int8 and fp32 (weights only), fp32 and fp32 (kept in float).
+
+    `set_local(pattern, KEEP_FLOAT)` keeps layers in float. A pattern is matched from the start of a
+    layer's name (re.match); of several that match, the last one counts.
+    """
+
+    name = "sd_unet_int8"
+
+    def __init__(
+        self, w_dtype: str = "int8", act_dtype: str = "uint8", white_list: Any = DEFAULT_WHITE_LIST, **kwargs: Any
+    ) -> None:
+        super().__init__(white_list)
+        if (w_dtype, act_dtype) not in (("int8", "uint8"), ("int8", "fp32"), ("fp32", "fp32")):
+            raise ValueError(f"w_dtype={w_dtype}, act_dtype={act_dtype}: use int8, uint8 or int8, fp32 or fp32, fp32")
+        self.w_dtype, self.act_dtype = w_dtype, act_dtype
+        self._post_init()
+
+    def get_params_dict(self) -> dict[str, str]:
+        return {"w_dtype": self.w_dtype, "act_dtype": self.act_dtype}
+
+    def get_model_info(self, model: nn.Module, example_inputs: Any = None) -> list[tuple[str, str]]:
+        kinds = (nn.Linear, nn.Conv2d)
+        return [(name, type(layer).__name__) for name, layer in model.named_modules() if isinstance(layer, kinds)]
+
+    @classmethod
+    def register_supported_configs(cls) -> None:
+        """Nothing to add: tuning over variants is not offered."""
+
+    @classmethod
+    def get_config_set_for_tuning(cls) -> list[Int8Config]:
+        return [cls()]
+
+
+KEEP_FLOAT = Int8Config(w_dtype="fp32", act_dtype="fp32")
+WEIGHT_ONLY = Int8Config(w_dtype="int8", act_dtype="fp32")
+
+
+def recipe(args: argparse.Namespace, unet: UNet2DConditionModel) -> Int8Config:
+    """The configuration that the flags ask for.
+
+    Raises:
+        UsageError: a pattern of the user's matches no layer, or nothing is left to quantize.
+    """
+    keep_float, weight_only = args.keep_float, args.weight_only
+    if keep_float is not DEFAULT_KEEP_FLOAT and weight_only is DEFAULT_WEIGHT_ONLY:
+        weight_only = []
+    elif weight_only is not DEFAULT_WEIGHT_ONLY and keep_float is DEFAULT_KEEP_FLOAT:
+        keep_float = []
+    default = keep_float is DEFAULT_KEEP_FLOAT and args.quantization_config is None
+    if args.quantization_config is not None:
+        try:
+            config = Int8Config.from_dict(json.loads(args.quantization_config.read_text(encoding="utf-8")))
+        except Exception as error:  # neural-compressor meets a wrong recipe in ways of its own
+            raise UsageError(f"--quantization_config {args.quantization_config}: {first_line(error)}") from error
+    else:
+        config = Int8Config()
+        for pattern in weight_only:
+            config.set_local(pattern, WEIGHT_ONLY)
+        for pattern in keep_float:
+            config.set_local(pattern, KEEP_FLOAT)
+    layers = config.get_model_info(unet)
+    for pattern in map(str, config.local_config):
+        if re.search(r"\)\s*[*+{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 4:
+            raise UsageError(f"layer pattern {pattern!r} could take for ever to match: no repeated groups, 4 of *+?{{")
+        try:
+            matches = sum(re.match(pattern, name) is not None for name, _ in layers)
+        except re.error as error:
+            raise UsageError(f"layer pattern {pattern!r} is no regular expression: {error}") from error
+        if not matches and not default:  # a UNet may lack a kind of layer, but a typing error should not pass
+            raise UsageError(f"layer pattern {pattern!r} matches none of the UNet's layers, such as {layers[-1][0]}")
+    mapping = config.to_config_mapping(model_info=layers)
+    kinds = [(layer.w_dtype, layer.act_dtype) for layer in mapping.values()]
+    int8, weights = kinds.count(("int8", "uint8")), kinds.count(("int8", "fp32"))
+    if not int8 + weights:
+        raise UsageError("every layer is kept in float: there is nothing to quantize")
+    rest = f"{weights} with int8 weights only, {len(layers) - int8 - weights} kept in float"
+    logger.info(f"{int8} of {len(layers)} Linear and Conv2d layers in int8, {rest}")
+    return config
+
+
+FAKE_INT8 = {"Linear": FakeInt8Linear, "Conv2d": FakeInt8Conv2d}
+
+
+@register_algo("sd_unet_int8")
+def int8_algorithm(unet: nn.Module, configs_mapping: dict, mode: Mode, **kwargs: Any) -> nn.Module:
+    """PREPARE makes float layers fake-int8 ones; CONVERT makes those int8 tensors, and layers kept in float fp16."""
+    for (name, kind), config in configs_mapping.items():
+        layer = unet.get_submodule(name)
+        if mode == Mode.PREPARE:
+            if config.w_dtype == "int8":
+                swap(unet, name, FAKE_INT8[kind].from_float(layer, quantize_input=config.act_dtype == "uint8"))
+        elif config.w_dtype == "int8":
+            swap(unet, name, Int8Weights.from_fake(layer))
+        elif layer.weight.abs().max() < torch.finfo(torch.float16).max:  # bf16 is as small and 8 times coarser
+            layer.weight = nn.Parameter(layer.weight.detach().half(), requires_grad=False)
+    if mode == Mode.PREPARE:
+        share_observers(unet)
+    return unet
+
+
+def swap(unet: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(unet.get_submodule(parent), child, layer)
+
+
+def share_observers(unet: nn.Module) -> None:
+    """Self-attention's q, k and v read one tensor, cross-attention's k and v another: one range for each."""
+    for attention in unet.modules():
+        if not hasattr(attention, "to_q"):
+            continue
+        readers = [attention.to_k, attention.to_v] + ([] if attention.is_cross_attention else [attention.to_q])
+        kinds: dict[type, InputObserver] = {}
+        for layer in readers:
+            if isinstance(layer, FakeInt8):
+                layer.observer = kinds.setdefault(type(layer.observer), layer.observer)
+    for observer, layers in observers(unet).items():
+        observer.readers = len(layers)
+
+
+# ---------------------------------------------------------------- watching the run
+
+
+class Watch:
+    """Counts what went wrong, and stops the run when too much did; averages the losses of a step's micro-batches."""
+
+    def __init__(self, remedy: str = CaptionedImages.remedy) -> None:
+        self.samples = self.replaced = self.captionless = self.bad_steps = self.bad_in_a_row = 0
+        self.remedy, self.first_failure = remedy, ""
+        self.losses: list[dict[str, float]] = []
+
+    def note(self, losses: dict[str, torch.Tensor], batch: dict[str, Any]) -> None:
+        self.losses.append({name: loss.item() for name, loss in losses.items()})
+        replaced = batch["replaced"]
+        self.first_failure = self.first_failure or next(filter(None, batch["failure"]), "")
+        self.captionless += int((~batch["captioned"]).sum())
+        self.samples += len(replaced)
+        self.replaced += int((replaced > 0).sum())
+        # above the share by more than chance: four standard deviations, or a tenth would often look like more
+        chance = 4 * math.sqrt(MAX_BAD_SHARE * (1 - MAX_BAD_SHARE) * self.samples)
+        too_many = self.samples >= 40 and self.replaced > MAX_BAD_SHARE * self.samples + chance
+        if too_many or (replaced >= MAX_TRIES).any():
+            message = f"{self.replaced} of {self.samples} pictures could not be read, first {self.first_failure}"
+            raise UsageError(f"{message}; {self.remedy}")
+
+    def is_finite(self, gradient_norm: torch.Tensor) -> bool:
+        """Whether the step may be taken; a gradient that is not finite costs the step, several in a row the run."""
+        finite = bool(torch.isfinite(gradient_norm))
+        self.bad_steps += not finite
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        if self.bad_in_a_row >= MAX_BAD_STEPS:
+            raise TrainingError(f"{MAX_BAD_STEPS} non-finite losses in a row: lower --learning_rate, look at the data")
+        return finite
+
+    def take_losses(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over the step's micro-batches, those of the other processes included."""
+        losses, self.losses = self.losses, []
+        means = [sum(loss[name] for loss in losses) / len(losses) for name in losses[0]]
+        means = accelerator.reduce(torch.tensor(means, device=accelerator.device), reduction="mean")
+        return dict(zip(losses[0], means.tolist()))
+
+
+# ---------------------------------------------------------------- calibration
+
+
+@torch.no_grad()
+def calibrate(
+    student: UNet2DConditionModel,
+    pipeline: Pipeline,
+    dataset: CaptionedImages,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+) -> None:
+    """Set every activation range to the least and greatest value met in noised pictures of the data.
+
+    As in training, captions are emptied at times, and each batch has early and late timesteps. Here all are equally
+    likely: the ranges must hold what comes at any of them. The many pictures count: the ranges of twenty that the model
+    paints itself, step by step, are too small for some others. Processes share the batches, and the widest range counts
+    for all of them.
+    """
+    began = time.monotonic()
+    numbers = range(accelerator.process_index, args.calibration_steps, accelerator.num_processes)
+    keys = dataset.micro_batches(numbers, args)
+    loader = DataLoader(dataset, batch_sampler=keys, num_workers=args.dataloader_num_workers)
+    watch, finite = Watch(dataset.remedy), {"VAE": 0, "text encoder": 0, "UNet": 0}  # batches
+    set_mode(student, "observe")
+    # not tqdm(loader): it asks for an iterator twice, and the keys of a stream come once
+    progress = tqdm(total=len(numbers), desc="calibrate", disable=not accelerator.is_main_process)
+    for number, batch in zip(numbers, loader):
+        watch.note({}, batch)
+        generator = generator_for(args.seed, "calibration", number)
+        noised = noise_pictures(pipeline, batch, (0, 1), 1, generator, accelerator)
+        with accelerator.autocast():
+            output = noised.predict(student)
+        told = noised.conditioning["encoder_hidden_states"]
+        for part, tensor in (("VAE", noised.latents), ("text encoder", told), ("UNet", output)):
+            finite[part] += bool(torch.isfinite(tensor).all())
+        progress.update()
+    progress.close()
+    for part, count in finite.items():
+        if not count and watch.samples:  # single batches may be odd, and enter no range
+            remedy = "a VAE of fp16 may overflow: take one in fp32" if part == "VAE" else "copy its weights again"
+            raise UsageError(f"the checkpoint's {part} gives values that are not finite: {remedy}")
+    if accelerator.num_processes > 1:
+        for observer in observers(student):
+            torch.distributed.all_reduce(observer.low, op=torch.distributed.ReduceOp.MIN)
+            torch.distributed.all_reduce(observer.high, op=torch.distributed.ReduceOp.MAX)
+    set_ranges(student)
+    logger.info(f"calibrated {len(input_quantizers(student))} activation ranges in {time.monotonic() - began:.0f} s")
+
+
+def set_ranges(student: nn.Module) -> None:
+    """Turn what was observed into channel factors, scales and zero points."""
+    smooth(student)
+    for quantizer in input_quantizers(student):
+        quantizer.freeze_range()
+
+
+@torch.no_grad()
+def smooth(unet: nn.Module) -> None:
+    """Choose the channel factors that training starts from.
+
+    A few large channels then no longer set the step size of all (SmoothQuant, arXiv 2211.10438, equation 4). There
+    the factors are folded into the norm before; here the quantizer divides by them, which costs nothing either, as
+    it divides by its scale anyway, and works behind any operation. Weights that are int8 alone are divided by them
+    when they are dequantized.
+    """
+    for observer, layers in observers(unet).items():
+        inputs = torch.maximum(-observer.low, observer.high)
+        weights = torch.stack([layer.weight.abs().transpose(0, 1).flatten(1).amax(dim=1) for layer in layers])
+        share = SMOOTHING if isinstance(observer, InputQuantizer) else WEIGHT_ONLY_SMOOTHING
+        log_factors = share * inputs.log() - (1 - share) * weights.amax(dim=0).log()
+        used = torch.isfinite(log_factors)  # a channel that is always 0, or never counts, has no say
+        observer.log_factor.copy_(torch.where(used, log_factors - log_factors[used].mean(), 0.0))
+
+
+# ---------------------------------------------------------------- losses
+
+
+class BlockOutputs:
+    """The outputs of a UNet's down, mid and up blocks in its latest forward pass; `with` removes the hooks."""
+
+    def __init__(self, unet: UNet2DConditionModel, enabled: bool) -> None:
+        self.outputs: list[torch.Tensor] = []
+        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks] if enabled else []
+        self.hooks = [block.register_forward_hook(self.keep) for block in blocks if block is not None]
+
+    def keep(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        self.outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    def take(self) -> list[torch.Tensor]:
+        outputs, self.outputs = self.outputs, []
+        return outputs
+
+    def __enter__(self) -> BlockOutputs:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def training_target(
+    scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the model is to predict, by the checkpoint's own prediction type; [B, 4, H/8, W/8]."""
+    kind = scheduler.config.prediction_type
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    return {"epsilon": noise, "sample": latents}[kind]
+
+
+def log_distance(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Mean over the samples of log(mean squared error), for tensors [B, ...].
+
+    So each sample counts by how much its own error shrinks: the error at the last timesteps of a painting is forty
+    times that at the first, and a plain mean would hear of nothing else.
+    """
+    return (ours - theirs).float().square().flatten(1).mean(dim=1).clamp(min=1e-20).log().mean()
+
+
+def task_loss(
+    output: torch.Tensor, target: torch.Tensor, scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float | None
+) -> torch.Tensor:
+    """Denoising error, weighted by min-SNR (arXiv 2303.09556, section 3.4) where a gamma is given."""
+    error = (output - target).square().mean(dim=(1, 2, 3))
+    if gamma is not None:
+        snr = compute_snr(scheduler, timesteps)
+        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+        error = error * snr.clamp(max=gamma) / divisor[scheduler.config.prediction_type].clamp(min=1e-8)
+    return error.mean()
+
+
+# ---------------------------------------------------------------- optimizer, schedules and weight average
+
+
+@dataclass
+class Trainer:
+    """Everything that changes while training, and so everything that a checkpoint holds."""
+
+    student: UNet2DConditionModel
+    optimizer: torch.optim.Optimizer | None = None
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    ema: EMAModel | None = None
+    step: int = 0
+    losses: dict[str, float] = field(default_factory=dict)  # of the latest step
+    curve: Curve | None = None
+
+    def parts(self) -> dict[str, Any]:
+        names = ("student", "optimizer", "lr_scheduler", "ema")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def save(self, path: Path) -> None:
+        with open(path, "wb") as file:  # torch's own writer would hide why it failed
+            parts = {name: part.state_dict() for name, part in self.parts().items()}
+            torch.save({"step": self.step, "losses": self.losses, **parts}, file)
+
+    def load(self, path: Path) -> None:
+        try:
+            if (record := zipfile.ZipFile(path).testzip()) is not None:  # torch.load checks no sums
+                raise ValueError(f"checksum of {record}")
+            state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            for name, part in self.parts().items():
+                part.load_state_dict(state[name])
+            if self.ema is not None:  # which takes its averages as they come
+                self.ema.to(self.student.device)
+            self.step, self.losses = state["step"], state["losses"]
+        except Exception as error:  # a damaged file fails in many ways
+            raise UsageError(
+                f"{path} is damaged ({first_line(error)}): delete {path.parent} and resume again"
+            ) from error
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """What EMAModel.step does, in one pass and without temporary tensors."""
+        if self.ema is not None:
+            self.ema.optimization_step += 1
+            self.ema.cur_decay_value = self.ema.get_decay(self.ema.optimization_step)
+            weights = list(self.student.parameters())
+            torch._foreach_lerp_(self.ema.shadow_params, weights, 1 - self.ema.cur_decay_value)
+
+    @contextlib.contextmanager
+    def exported_weights(self) -> Iterator[UNet2DConditionModel]:
+        """The student with the weights that will be saved: the averaged ones where there is an EMA."""
+        self.swap_ema()
+        yield self.student
+        self.swap_ema()
+
+    def swap_ema(self) -> None:
+        """Exchange live and averaged weights in place: a copy of either would be 3.4 GB at full size."""
+        for average, live in zip(self.ema.shadow_params if self.ema else (), self.student.parameters()):
+            average.data, live.data = live.data, average.data
+
+
+def peak_learning_rate(args: argparse.Namespace, accelerator: Accelerator) -> float:
+    """Of the weights, relative to their size."""
+    factor = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    return args.learning_rate * (factor if args.scale_lr else 1)
+
+
+def size_of(weight: torch.Tensor) -> float:
+    """Median magnitude, which outlier channels leave alone; at least 0.001, or zeros could never learn."""
+    return max(1e-3, weight.detach().abs().median().item())
+
+
+def make_trainer(
+    student: UNet2DConditionModel, steps: int, accelerator: Accelerator, args: argparse.Namespace
+) -> Trainer:
+    """AdamW with a rate for each weight tensor, one for biases and norms, one each for the logarithms of scales and
+    channel factors.
+
+    A weight tensor's rate is relative to its size: Adam steps by the rate, whatever the gradient, and what is a small
+    step for one layer would be a random walk over several int8 levels for another.
+
+    Biases and norms learn faster: they take off the part of the error that is the same at every step of a painting,
+    which adds up, whereas the rest averages out; and they are few, so their random walk costs little.
+    """
+    peak = peak_learning_rate(args, accelerator)
+    scales = [quantizer.log_scale for quantizer in input_quantizers(student)]
+    factors = [quantizer.log_factor for quantizer in input_quantizers(student)]
+    others = [parameter for name, parameter in student.named_parameters() if not name.endswith(GRIDS)]
+    weights = [parameter for parameter in others if parameter.dim() > 1]
+    biases = [parameter for parameter in others if parameter.dim() < 2]
+    groups: list[dict[str, Any]] = [{"params": [weight], "lr": peak * size_of(weight)} for weight in weights]
+    groups.append({"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0})
+    if args.quantizer_learning_rate > 0:
+        groups.append({"params": scales, "lr": args.quantizer_learning_rate, "weight_decay": 0.0})
+        groups.append({"params": factors, "lr": FACTOR_RATE * args.quantizer_learning_rate, "weight_decay": 0.0})
+    else:
+        for parameter in scales + factors:
+            parameter.requires_grad_(False)
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.AdamW(
+        groups, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True
+    )
+    lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max(1, steps)}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
+    if args.quantizer_learning_rate > 0:
+        shared = lr_scheduler.lr_lambdas[-1]
+        lr_scheduler.lr_lambdas[-1] = lambda step: shared(step) * max(0.0, 1 - step / max(1, FACTOR_STEPS * steps))
+    ema = None
+    if args.use_ema and steps > 0:
+        # the plain mean of the steps after the factors': constant rates walk about the optimum, and it cancels
+        mean = {"decay": 1.0, "use_ema_warmup": True, "inv_gamma": 1.0, "power": 1.0}
+        ema = EMAModel(student.parameters(), update_after_step=int(FACTOR_STEPS * steps), **mean)
+    return Trainer(student, optimizer, lr_scheduler, ema)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+# Of what a checkpoint holds; add one when that changes, so that no run goes on from what it cannot read.
+CHECKPOINT_VERSION = "2"
+# Settings that the rest of a run depends on: with another value, a resumed run would not be the same run.
+RESUME_SETTINGS = (
+    "pretrained_model_name_or_path config lora revision variant "
+    "train_data_dir dataset_name dataset_config_name streaming image_column caption_column max_train_samples "
+    "resolution center_crop random_flip proportion_empty_prompts "
+    "cache_latents keep_float weight_only quantization_config kd_weight task_weight feature_kd_weight snr_gamma "
+    "train_batch_size learning_rate bias_learning_rate quantizer_learning_rate scale_lr lr_scheduler lr_warmup_steps "
+    "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm use_ema seed mixed_precision"
+).split()
+
+
+def resume_settings(args: argparse.Namespace) -> dict[str, str]:
+    processes = PartialState().num_processes
+    settings = {"checkpoint_version": CHECKPOINT_VERSION, **{key: str(vars(args)[key]) for key in RESUME_SETTINGS}}
+    settings["gradient_accumulation_steps x processes"] = str(args.gradient_accumulation_steps * processes)
+    if args.streaming:  # each of them reads its own part of the stream
+        settings["dataloader_num_workers x processes"] = str(max(1, args.dataloader_num_workers) * processes)
+    return settings
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; an unfinished one has another name."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
+    complete = [(int(match[1]), path) for match, path in found if match and (path / "state.pt").is_file()]
+    return [path for _, path in sorted(complete)]
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from, if any.
+
+    Raises:
+        UsageError: the path is no checkpoint, or the run that wrote it had other settings.
+    """
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        found = checkpoints(args.output_dir)
+        seen = gather_object([found[-1].name if found else None])
+        if len(set(seen)) > 1:
+            raise UsageError(f"--output_dir {args.output_dir} differs between processes: put it on a shared disk")
+        if not found:
+            logger.info(f"no checkpoint in {args.output_dir}: starting from the beginning")
+            return None
+        folder = found[-1]
+    else:
+        folder = Path(args.resume_from_checkpoint)
+        if not (folder / "state.pt").is_file():
+            raise UsageError(
+                f"--resume_from_checkpoint {folder} has no state.pt; name a checkpoint-N folder, or latest"
+            )
+    try:
+        settings = dict(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UsageError(f"{folder}/settings.json is damaged ({first_line(error)}): delete {folder}") from error
+    now = resume_settings(args)
+    if settings.get("checkpoint_version") != CHECKPOINT_VERSION:
+        raise UsageError(
+            f"{folder} is of another version of this script: resume with that one, or start in another --output_dir"
+        )
+    then = {key: settings.get(key, "None") for key in now}
+    changed = [f"{key} (then {then[key]}, now {now[key]})" for key in now if now[key] != then[key]]
+    if changed:
+        raise UsageError(f"{folder} was written with other settings: {', '.join(changed)}; use the same, or start anew")
+    logger.info(f"resuming from {folder}")
+    return folder
+
+
+def save_checkpoint(trainer: Trainer, args: argparse.Namespace) -> None:
+    """Write OUTPUT_DIR/checkpoint-STEP under a temporary name and rename it; then delete the oldest ones."""
+    folder = args.output_dir / f"checkpoint-{trainer.step}"
+    partial = folder.with_name(folder.name + ".partial")
+    for unfinished in args.output_dir.glob("checkpoint-*.partial"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        partial.mkdir()
+        trainer.save(partial / "state.pt")
+        trainer.curve.save(partial / "curve.json")
+        (partial / "settings.json").write_text(json.dumps(resume_settings(args), indent=1), encoding="utf-8")
+        for file in partial.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(f"{folder} was not written ({reason_of(error)}); earlier ones are kept") from error
+    kept = checkpoints(args.output_dir)
+    kept = kept[: kept.index(folder) + 1]  # later ones are of an earlier run
+    for old in kept[: -args.checkpoints_total_limit]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- validation images
+
+
+def validation_path(args: argparse.Namespace, step: int, prompt: int) -> Path:
+    return args.output_dir / "validation" / f"step-{step:06d}-prompt-{prompt}.png"
+
+
+@torch.no_grad()
+def validate(
+    trainer: Trainer,
+    teacher: UNet2DConditionModel,
+    pipeline: Pipeline,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+) -> None:
+    """Paint every validation prompt with teacher and student, from the same noise, side by side in one picture."""
+    (args.output_dir / "validation").mkdir(exist_ok=True)
+    with trainer.exported_weights() as student:
+        pictures = []
+        for unet in (teacher, student.eval()):
+            painter = pipeline.with_unet(unet)
+            painter.set_progress_bar_config(disable=True)
+            prompts = args.validation_prompts
+            generators = [generator_for(args.seed, "validation", index) for index in range(len(prompts))]
+            size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": VALIDATION_STEPS}
+            with accelerator.autocast():
+                pictures.append(painter(prompts, generator=generators, output_type="np", **size).images)
+        student.train()
+    for index, pair in enumerate(zip(*pictures)):
+        side_by_side = Image.fromarray((np.concatenate(pair, axis=1) * 255).round().astype(np.uint8))
+        path = validation_path(args, trainer.step, index)
+        side_by_side.save(f"{path}.partial", format="PNG")
+        os.replace(f"{path}.partial", path)
+        for tracker in accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            if hasattr(tracker, "log_images"):
+                images = {f"teacher | student {index}": np.asarray(side_by_side)[None]}
+                tracker.log_images(images, step=trainer.step, **layout)
 
 
 # ---------------------------------------------------------------- training.png
@@ -2565,187 +2873,6 @@ def validation_pictures(curve: Curve, args: argparse.Namespace) -> list[list[tup
 # ---------------------------------------------------------------- the training loop
 
 
-@dataclass
-class Trainer:
-    """Everything that changes while training, and so everything that a checkpoint holds."""
-
-    student: UNet2DConditionModel
-    optimizer: torch.optim.Optimizer | None = None
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-    ema: EMAModel | None = None
-    step: int = 0
-    losses: dict[str, float] = field(default_factory=dict)  # of the latest step
-    curve: Curve = field(default_factory=Curve)
-
-    def parts(self) -> dict[str, Any]:
-        names = ("student", "optimizer", "lr_scheduler", "ema")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def save(self, path: Path) -> None:
-        with open(path, "wb") as file:  # torch's own writer would hide why it failed
-            parts = {name: part.state_dict() for name, part in self.parts().items()}
-            torch.save({"step": self.step, "losses": self.losses, **parts}, file)
-
-    def load(self, path: Path) -> None:
-        try:
-            if (record := zipfile.ZipFile(path).testzip()) is not None:  # torch.load checks no sums
-                raise ValueError(f"checksum of {record}")
-            state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-            for name, part in self.parts().items():
-                part.load_state_dict(state[name])
-            if self.ema is not None:  # which takes its averages as they come
-                self.ema.to(self.student.device)
-            self.step, self.losses = state["step"], state["losses"]
-        except Exception as error:  # a damaged file fails in many ways
-            raise UsageError(
-                f"{path} is damaged ({first_line(error)}): delete {path.parent} and resume again"
-            ) from error
-
-    @torch.no_grad()
-    def update_ema(self) -> None:
-        """What EMAModel.step does, in one pass and without temporary tensors."""
-        if self.ema is not None:
-            self.ema.optimization_step += 1
-            self.ema.cur_decay_value = self.ema.get_decay(self.ema.optimization_step)
-            weights = list(self.student.parameters())
-            torch._foreach_lerp_(self.ema.shadow_params, weights, 1 - self.ema.cur_decay_value)
-
-    @contextlib.contextmanager
-    def exported_weights(self) -> Iterator[UNet2DConditionModel]:
-        """The student with the weights that will be saved: the averaged ones where there is an EMA."""
-        self.swap_ema()
-        yield self.student
-        self.swap_ema()
-
-    def swap_ema(self) -> None:
-        """Exchange live and averaged weights in place: a copy of either would be 3.4 GB at full size."""
-        for average, live in zip(self.ema.shadow_params if self.ema else (), self.student.parameters()):
-            average.data, live.data = live.data, average.data
-
-
-def total_steps(args: argparse.Namespace, dataset: CaptionedImages, accelerator: Accelerator) -> int:
-    if args.max_train_steps is not None:
-        return args.max_train_steps
-    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    return args.num_train_epochs * math.ceil(len(dataset) / batch)
-
-
-def peak_learning_rate(args: argparse.Namespace, accelerator: Accelerator) -> float:
-    """Of the weights, relative to their size."""
-    factor = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    return args.learning_rate * (factor if args.scale_lr else 1)
-
-
-def size_of(weight: torch.Tensor) -> float:
-    """Median magnitude, which outlier channels leave alone; at least 0.001, or zeros could never learn."""
-    return max(1e-3, weight.detach().abs().median().item())
-
-
-def make_trainer(
-    student: UNet2DConditionModel, steps: int, accelerator: Accelerator, args: argparse.Namespace
-) -> Trainer:
-    """AdamW with a rate for each weight tensor, one for biases and norms, one each for the logarithms of scales and
-    channel factors.
-
-    A weight tensor's rate is relative to its size: Adam steps by the rate, whatever the gradient, and what is a small
-    step for one layer would be a random walk over several int8 levels for another.
-
-    Biases and norms learn faster: they take off the part of the error that is the same at every step of a painting,
-    which adds up, whereas the rest averages out; and they are few, so their random walk costs little.
-    """
-    peak = peak_learning_rate(args, accelerator)
-    scales = [quantizer.log_scale for quantizer in input_quantizers(student)]
-    factors = [quantizer.log_factor for quantizer in input_quantizers(student)]
-    others = [parameter for name, parameter in student.named_parameters() if not name.endswith(GRIDS)]
-    weights = [parameter for parameter in others if parameter.dim() > 1]
-    biases = [parameter for parameter in others if parameter.dim() < 2]
-    groups: list[dict[str, Any]] = [{"params": [weight], "lr": peak * size_of(weight)} for weight in weights]
-    groups.append({"params": biases, "lr": args.bias_learning_rate, "weight_decay": 0.0})
-    if args.quantizer_learning_rate > 0:
-        groups.append({"params": scales, "lr": args.quantizer_learning_rate, "weight_decay": 0.0})
-        groups.append({"params": factors, "lr": FACTOR_RATE * args.quantizer_learning_rate, "weight_decay": 0.0})
-    else:
-        for parameter in scales + factors:
-            parameter.requires_grad_(False)
-    betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = torch.optim.AdamW(
-        groups, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True
-    )
-    lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max(1, steps)}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
-    if args.quantizer_learning_rate > 0:
-        shared = lr_scheduler.lr_lambdas[-1]
-        lr_scheduler.lr_lambdas[-1] = lambda step: shared(step) * max(0.0, 1 - step / max(1, FACTOR_STEPS * steps))
-    ema = None
-    if args.use_ema and steps > 0:
-        # the plain mean of the steps after the factors': constant rates walk about the optimum, and it cancels
-        mean = {"decay": 1.0, "use_ema_warmup": True, "inv_gamma": 1.0, "power": 1.0}
-        ema = EMAModel(student.parameters(), update_after_step=int(FACTOR_STEPS * steps), **mean)
-    return Trainer(student, optimizer, lr_scheduler, ema)
-
-
-class StopRequest:
-    """Ctrl-C or SIGTERM: the loop ends after the step, with a checkpoint; a second one ends the process at once."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator, self.signal = accelerator, 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number: int, frame: Any) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def received(self) -> int:
-        """The signal that any process got: all of them must leave the loop at the same step."""
-        if LAUNCHER not in (None, os.getppid()):
-            self.signal = self.signal or signal.SIGTERM
-        if self.accelerator.num_processes > 1:
-            told = torch.tensor(self.signal, device=self.accelerator.device)
-            torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-            return int(told)  # self.signal stays: one may have come in meanwhile
-        return self.signal
-
-
-class Watch:
-    """Counts what went wrong, and stops the run when too much did; averages the losses of a step's micro-batches."""
-
-    def __init__(self, remedy: str = CaptionedImages.remedy) -> None:
-        self.samples = self.replaced = self.captionless = self.bad_steps = self.bad_in_a_row = 0
-        self.remedy, self.first_failure = remedy, ""
-        self.losses: list[dict[str, float]] = []
-
-    def note(self, losses: dict[str, torch.Tensor], batch: dict[str, Any]) -> None:
-        self.losses.append({name: loss.item() for name, loss in losses.items()})
-        replaced = batch["replaced"]
-        self.first_failure = self.first_failure or next(filter(None, batch["failure"]), "")
-        self.captionless += int((~batch["captioned"]).sum())
-        self.samples += len(replaced)
-        self.replaced += int((replaced > 0).sum())
-        # above the share by more than chance: four standard deviations, or a tenth would often look like more
-        chance = 4 * math.sqrt(MAX_BAD_SHARE * (1 - MAX_BAD_SHARE) * self.samples)
-        too_many = self.samples >= 40 and self.replaced > MAX_BAD_SHARE * self.samples + chance
-        if too_many or (replaced >= MAX_TRIES).any():
-            message = f"{self.replaced} of {self.samples} pictures could not be read, first {self.first_failure}"
-            raise UsageError(f"{message}; {self.remedy}")
-
-    def is_finite(self, gradient_norm: torch.Tensor) -> bool:
-        """Whether the step may be taken; a gradient that is not finite costs the step, several in a row the run."""
-        finite = bool(torch.isfinite(gradient_norm))
-        self.bad_steps += not finite
-        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
-        if self.bad_in_a_row >= MAX_BAD_STEPS:
-            raise TrainingError(f"{MAX_BAD_STEPS} non-finite losses in a row: lower --learning_rate, look at the data")
-        return finite
-
-    def take_losses(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over the step's micro-batches, those of the other processes included."""
-        losses, self.losses = self.losses, []
-        means = [sum(loss[name] for loss in losses) / len(losses) for name in losses[0]]
-        means = accelerator.reduce(torch.tensor(means, device=accelerator.device), reduction="mean")
-        return dict(zip(losses[0], means.tolist()))
-
-
 def distill(
     trainer: Trainer,
     teacher: UNet2DConditionModel,
@@ -2846,6 +2973,29 @@ def after_step(
         leave(128 + told, accelerator)
 
 
+class StopRequest:
+    """Ctrl-C or SIGTERM: the loop ends after the step, with a checkpoint; a second one ends the process at once."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self.signal = accelerator, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame: Any) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def received(self) -> int:
+        """The signal that any process got: all of them must leave the loop at the same step."""
+        if LAUNCHER not in (None, os.getppid()):
+            self.signal = self.signal or signal.SIGTERM
+        if self.accelerator.num_processes > 1:
+            told = torch.tensor(self.signal, device=self.accelerator.device)
+            torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+            return int(told)  # self.signal stays: one may have come in meanwhile
+        return self.signal
+
+
 def leave(code: int, accelerator: Accelerator) -> NoReturn:
     """End this process at once where there are several: taking their group down hangs at times (pytorch#75097)."""
     for tracker in accelerator.trackers:
@@ -2855,138 +3005,6 @@ def leave(code: int, accelerator: Accelerator) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def save_checkpoint(trainer: Trainer, args: argparse.Namespace) -> None:
-    """Write OUTPUT_DIR/checkpoint-STEP under a temporary name and rename it; then delete the oldest ones."""
-    folder = args.output_dir / f"checkpoint-{trainer.step}"
-    partial = folder.with_name(folder.name + ".partial")
-    for unfinished in args.output_dir.glob("checkpoint-*.partial"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        partial.mkdir()
-        trainer.save(partial / "state.pt")
-        trainer.curve.save(partial / "curve.json")
-        (partial / "settings.json").write_text(json.dumps(resume_settings(args), indent=1), encoding="utf-8")
-        for file in partial.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise TrainingError(f"{folder} was not written ({reason_of(error)}); earlier ones are kept") from error
-    kept = checkpoints(args.output_dir)
-    kept = kept[: kept.index(folder) + 1]  # later ones are of an earlier run
-    for old in kept[: -args.checkpoints_total_limit]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-# Of what a checkpoint holds; add one when that changes, so that no run goes on from what it cannot read.
-CHECKPOINT_VERSION = "2"
-
-# Settings that the rest of a run depends on: with another value, a resumed run would not be the same run.
-RESUME_SETTINGS = (
-    "pretrained_model_name_or_path config lora revision variant "
-    "train_data_dir dataset_name dataset_config_name streaming image_column caption_column max_train_samples "
-    "resolution center_crop random_flip proportion_empty_prompts "
-    "cache_latents keep_float weight_only quantization_config kd_weight task_weight feature_kd_weight snr_gamma "
-    "train_batch_size learning_rate bias_learning_rate quantizer_learning_rate scale_lr lr_scheduler lr_warmup_steps "
-    "adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm use_ema seed mixed_precision"
-).split()
-
-
-def resume_settings(args: argparse.Namespace) -> dict[str, str]:
-    processes = PartialState().num_processes
-    settings = {"checkpoint_version": CHECKPOINT_VERSION, **{key: str(vars(args)[key]) for key in RESUME_SETTINGS}}
-    settings["gradient_accumulation_steps x processes"] = str(args.gradient_accumulation_steps * processes)
-    if args.streaming:  # each of them reads its own part of the stream
-        settings["dataloader_num_workers x processes"] = str(max(1, args.dataloader_num_workers) * processes)
-    return settings
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; an unfinished one has another name."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
-    complete = [(int(match[1]), path) for match, path in found if match and (path / "state.pt").is_file()]
-    return [path for _, path in sorted(complete)]
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from, if any.
-
-    Raises:
-        UsageError: the path is no checkpoint, or the run that wrote it had other settings.
-    """
-    if args.resume_from_checkpoint is None:
-        return None
-    if args.resume_from_checkpoint == "latest":
-        found = checkpoints(args.output_dir)
-        seen = gather_object([found[-1].name if found else None])
-        if len(set(seen)) > 1:
-            raise UsageError(f"--output_dir {args.output_dir} differs between processes: put it on a shared disk")
-        if not found:
-            logger.info(f"no checkpoint in {args.output_dir}: starting from the beginning")
-            return None
-        folder = found[-1]
-    else:
-        folder = Path(args.resume_from_checkpoint)
-        if not (folder / "state.pt").is_file():
-            raise UsageError(
-                f"--resume_from_checkpoint {folder} has no state.pt; name a checkpoint-N folder, or latest"
-            )
-    try:
-        settings = dict(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"{folder}/settings.json is damaged ({first_line(error)}): delete {folder}") from error
-    now = resume_settings(args)
-    if settings.get("checkpoint_version") != CHECKPOINT_VERSION:
-        raise UsageError(
-            f"{folder} is of another version of this script: resume with that one, or start in another --output_dir"
-        )
-    then = {key: settings.get(key, "None") for key in now}
-    changed = [f"{key} (then {then[key]}, now {now[key]})" for key in now if now[key] != then[key]]
-    if changed:
-        raise UsageError(f"{folder} was written with other settings: {', '.join(changed)}; use the same, or start anew")
-    logger.info(f"resuming from {folder}")
-    return folder
-
-
-def validation_path(args: argparse.Namespace, step: int, prompt: int) -> Path:
-    return args.output_dir / "validation" / f"step-{step:06d}-prompt-{prompt}.png"
-
-
-@torch.no_grad()
-def validate(
-    trainer: Trainer,
-    teacher: UNet2DConditionModel,
-    pipeline: Pipeline,
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-) -> None:
-    """Paint every validation prompt with teacher and student, from the same noise, side by side in one picture."""
-    (args.output_dir / "validation").mkdir(exist_ok=True)
-    with trainer.exported_weights() as student:
-        pictures = []
-        for unet in (teacher, student.eval()):
-            painter = pipeline.with_unet(unet)
-            painter.set_progress_bar_config(disable=True)
-            prompts = args.validation_prompts
-            generators = [generator_for(args.seed, "validation", index) for index in range(len(prompts))]
-            size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": VALIDATION_STEPS}
-            with accelerator.autocast():
-                pictures.append(painter(prompts, generator=generators, output_type="np", **size).images)
-        student.train()
-    for index, pair in enumerate(zip(*pictures)):
-        side_by_side = Image.fromarray((np.concatenate(pair, axis=1) * 255).round().astype(np.uint8))
-        path = validation_path(args, trainer.step, index)
-        side_by_side.save(f"{path}.partial", format="PNG")
-        os.replace(f"{path}.partial", path)
-        for tracker in accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            if hasattr(tracker, "log_images"):
-                images = {f"teacher | student {index}": np.asarray(side_by_side)[None]}
-                tracker.log_images(images, step=trainer.step, **layout)
 
 
 # ---------------------------------------------------------------- saving
