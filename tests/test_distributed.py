@@ -156,8 +156,8 @@ def test_signal_that_comes_while_the_processes_compare_theirs_is_kept(monkeypatc
         torch.distributed, "all_reduce", lambda told, op: [signal.raise_signal(arriving.pop()) for _ in arriving[:1]]
     )
     try:
-        stop = trainer.StopRequest(accelerator)
-        assert [stop.received(), stop.received()] == [0, signal.SIGTERM]
+        stop = trainer.ShutdownSignal(accelerator)
+        assert [stop.poll(), stop.poll()] == [0, signal.SIGTERM]
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
