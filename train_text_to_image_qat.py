@@ -2399,18 +2399,18 @@ def init_smoothing_scales(unet: nn.Module) -> None:
 
 
 class BlockOutputs:
-    """The outputs of a UNet's down, mid and up blocks in its latest forward pass; `with` removes the hooks."""
+    """The outputs of a UNet's down, mid and up blocks in its latest forward pass."""
 
     def __init__(self, unet: UNet2DConditionModel, enabled: bool) -> None:
-        self.outputs: list[torch.Tensor] = []
+        self.outputs: dict[nn.Module, torch.Tensor] = {}
         blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks] if enabled else []
         self.hooks = [block.register_forward_hook(self.keep) for block in blocks if block is not None]
 
     def keep(self, block: nn.Module, inputs: Any, output: Any) -> None:
-        self.outputs.append(output[0] if isinstance(output, tuple) else output)
+        self.outputs[block] = output[0] if isinstance(output, tuple) else output
 
     def take(self) -> list[torch.Tensor]:
-        outputs, self.outputs = self.outputs, []
+        outputs, self.outputs = list(self.outputs.values()), {}
         return outputs
 
     def __enter__(self) -> BlockOutputs:

@@ -870,6 +870,13 @@ def test_all_losses_can_be_used_in_bf16(train, tmp_path: Path) -> None:
     assert losses["loss"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_validation_changes_no_bit_of_the_training(train, tmp_path: Path) -> None:
+    flags = ["--max_train_steps", "3", "--feature_kd_weight", "1", "--validation_steps", "1"]
+    plain = train(tmp_path / "plain", *flags)
+    validated = train(tmp_path / "validated", *flags, "--validation_prompts", "one")
+    assert equal_states(plain, validated) and plain["training"]["losses"] == validated["training"]["losses"]
+
+
 def test_dataset_columns_are_checked(model_dir: Path, tmp_path: Path) -> None:
     import datasets
 
