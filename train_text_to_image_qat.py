@@ -2574,10 +2574,12 @@ def create_train_state(
         groups, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True
     )
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max(1, steps)}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
-    if qparam_lr > 0:
-        shared, end = lr_scheduler.lr_lambdas[-1], max(1, SMOOTHING_LR_FRACTION * steps)
-        lr_scheduler.lr_lambdas[-1] = lambda step: shared(step) * max(0.0, 1 - step / end)
+    schedule = get_scheduler(args.lr_scheduler, optimizer, **lengths).lr_lambdas[0]  # step -> share of the peak
+    schedules = [schedule] * len(groups)
+    if qparam_lr > 0:  # smoothing scales: down to 0 in the first part of the run
+        end = max(1, SMOOTHING_LR_FRACTION * steps)
+        schedules[-1] = lambda step: schedule(step) * max(0.0, 1 - step / end)
+    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
     ema = None
     if args.use_ema and steps > 0:
         # uniform average once the smoothing scales are frozen (SWA, arXiv 1803.05407): at a constant lr the weights
