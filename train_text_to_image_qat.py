@@ -77,7 +77,7 @@ from diffusers import (
 )
 from diffusers.loaders import TextualInversionLoaderMixin, single_file_utils
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import compute_snr
 from neural_compressor.common.base_config import DEFAULT_WHITE_LIST, register_config
 from neural_compressor.common.utils import Mode
 from neural_compressor.torch.quantization import convert, prepare
@@ -85,6 +85,7 @@ from neural_compressor.torch.quantization.config import TorchBaseConfig
 from neural_compressor.torch.utils.utility import register_algo
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -2482,13 +2483,14 @@ class TrainState:
     student: UNet2DConditionModel
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-    ema: EMAModel | None = None
+    average: AveragedModel | None = None  # of the student's weights
+    average_begin: int = 0  # step after which it averages
     step: int = 0
     losses: dict[str, float] = field(default_factory=dict)  # of the latest step
     curve: TrainingCurve | None = None
 
     def parts(self) -> dict[str, Any]:
-        names = ("student", "optimizer", "lr_scheduler", "ema")
+        names = ("student", "optimizer", "lr_scheduler", "average")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def save(self, path: Path) -> None:
@@ -2503,33 +2505,25 @@ class TrainState:
             state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
             for name, part in self.parts().items():
                 part.load_state_dict(state[name])
-            if self.ema is not None:  # which keeps the tensors that it is given
-                self.ema.to(self.student.device)
             self.step, self.losses = state["step"], state["losses"]
         except Exception as error:  # a damaged file fails in many ways
             problem = f"{path} is damaged ({first_line(error)}): delete {path.parent} and resume again"
             raise UsageError(problem) from error
 
-    @torch.no_grad()
     def update_average(self) -> None:
-        """What EMAModel.step does, in one pass and without temporary tensors."""
-        if self.ema is not None:
-            self.ema.optimization_step += 1
-            self.ema.cur_decay_value = self.ema.get_decay(self.ema.optimization_step)
-            weights = list(self.student.parameters())
-            torch._foreach_lerp_(self.ema.shadow_params, weights, 1 - self.ema.cur_decay_value)
+        """The plain mean of the weights after each step since `average_begin` (SWA, arXiv 1803.05407); before, a copy.
 
-    @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[UNet2DConditionModel]:
-        """The student with the weights that will be saved: the averaged ones where there is an average."""
-        self.swap_ema()
-        yield self.student
-        self.swap_ema()
+        At a constant learning rate the weights circle the optimum, and averaging cancels that.
+        """
+        if self.average is not None:
+            if self.step <= self.average_begin:
+                self.average.n_averaged.zero_()
+            self.average.update_parameters(self.student)
 
-    def swap_ema(self) -> None:
-        """Exchange live and averaged weights in place: a copy of either would be 3.4 GB at full size."""
-        for average, live in zip(self.ema.shadow_params if self.ema else (), self.student.parameters()):
-            average.data, live.data = live.data, average.data
+    @property
+    def exported(self) -> UNet2DConditionModel:
+        """The UNet that is validated and saved."""
+        return self.student if self.average is None else self.average.module
 
 
 def peak_learning_rate(args: argparse.Namespace, accelerator: Accelerator) -> float:
@@ -2580,13 +2574,8 @@ def create_train_state(
         end = max(1, SMOOTHING_LR_FRACTION * steps)
         schedules[-1] = lambda step: schedule(step) * max(0.0, 1 - step / end)
     lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
-    ema = None
-    if args.use_ema and steps > 0:
-        # uniform average once the smoothing scales are frozen (SWA, arXiv 1803.05407): at a constant lr the weights
-        # circle the optimum, and averaging cancels that
-        mean = {"decay": 1.0, "use_ema_warmup": True, "inv_gamma": 1.0, "power": 1.0}
-        ema = EMAModel(student.parameters(), update_after_step=int(SMOOTHING_LR_FRACTION * steps), **mean)
-    return TrainState(student, optimizer, lr_scheduler, ema)
+    average = AveragedModel(student, multi_avg_fn=get_swa_multi_avg_fn()) if args.use_ema and steps > 0 else None
+    return TrainState(student, optimizer, lr_scheduler, average, average_begin=int(SMOOTHING_LR_FRACTION * steps))
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -2697,17 +2686,16 @@ def validate(
 ) -> None:
     """Generate every validation prompt with teacher and student, from the same noise, side by side in one image."""
     (args.output_dir / "validation").mkdir(exist_ok=True)
-    with state.averaged_weights() as student:
-        images = []
-        for unet in (teacher, student.eval()):
-            generate = pipeline.with_unet(unet)
-            generate.set_progress_bar_config(disable=True)
-            prompts = args.validation_prompts
-            generators = [generator_for(args.seed, "validation", index) for index in range(len(prompts))]
-            size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": VALIDATION_STEPS}
-            with accelerator.autocast():
-                images.append(generate(prompts, generator=generators, output_type="np", **size).images)
-        student.train()
+    images = []
+    for unet in (teacher, state.exported.eval()):
+        generate = pipeline.with_unet(unet)
+        generate.set_progress_bar_config(disable=True)
+        prompts = args.validation_prompts
+        generators = [generator_for(args.seed, "validation", index) for index in range(len(prompts))]
+        size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": VALIDATION_STEPS}
+        with accelerator.autocast():
+            images.append(generate(prompts, generator=generators, output_type="np", **size).images)
+    state.student.train()
     for index, pair in enumerate(zip(*images)):
         side_by_side = Image.fromarray((np.concatenate(pair, axis=1) * 255).round().astype(np.uint8))
         with replacing(validation_path(args, state.step, index)) as partial:
@@ -3033,12 +3021,9 @@ def checksum(state_dict: dict[str, torch.Tensor]) -> str:
 
 def save_int8(state: TrainState, config: Int8Config, pipeline: Pipeline, args: argparse.Namespace) -> Path:
     """Convert the student and write quant_model.pt, a dict that loads without running code (docs/file-format.md)."""
-    student = state.student.to("cpu", memory_format=torch.contiguous_format)
+    student = state.exported.to("cpu", memory_format=torch.contiguous_format)
     weights = [weight for name, weight in student.named_parameters() if not name.endswith(LEARNED_QPARAMS)]
     fp32_bytes = sum(4 * weight.numel() for weight in weights)
-    if state.ema is not None:
-        state.ema.to("cpu")
-        state.ema.copy_to(student.parameters())
     state_dict = {name: tensor.contiguous() for name, tensor in convert(student).state_dict().items()}
     settings = "calibration_steps kd_weight task_weight feature_kd_weight learning_rate use_ema seed".split()
     modules = (torch, diffusers, transformers, accelerate)

@@ -177,9 +177,7 @@ def published() -> None:
                 module.enable_fake_quant()
 
     def save(run: trainer.TrainState, config: Any, pipeline: Any, args: Any) -> None:
-        if run.ema is not None:
-            run.ema.copy_to(run.student.parameters())
-        torch.save(run.student.state_dict(), args.output_dir / "quant_model.pt")
+        torch.save(run.exported.state_dict(), args.output_dir / "quant_model.pt")
 
     def build(state_dict: dict[str, torch.Tensor], *rest: Any) -> nn.Module:
         unet = painter.UNet2DConditionModel.from_config(state_dict.pop("config"))

@@ -25,8 +25,7 @@ def exported(train, tmp_path: Path, monkeypatch) -> argparse.Namespace:
 
     def spy(state: trainer.TrainState, *rest: Any) -> Path:
         seen.live = copy.deepcopy(state.student).eval()
-        with state.averaged_weights() as student:
-            seen.student = copy.deepcopy(student).eval()
+        seen.student = copy.deepcopy(state.exported).eval()
         return save(state, *rest)
 
     monkeypatch.setattr(trainer, "save_int8", spy)
@@ -75,7 +74,7 @@ def test_scales_of_the_file_are_those_of_the_averaged_weights_and_ranges(exporte
 def everything(state: trainer.TrainState) -> list[torch.Tensor]:
     """Copies of all that a step may change, but for the learning rate."""
     moments = [value for moments in state.optimizer.state_dict()["state"].values() for value in moments.values()]
-    average = [*state.ema.shadow_params, torch.tensor(state.ema.optimization_step)]
+    average = state.average.state_dict().values()
     return [tensor.detach().clone() for tensor in (*state.student.state_dict().values(), *moments, *average)]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from diffusers.training_utils import EMAModel
 from neural_compressor.torch.quantization import convert, prepare
 from PIL import Image
 
@@ -161,22 +162,23 @@ def test_one_input_is_quantized_once_for_all_layers_that_read_it(monkeypatch: py
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(shared, alone))
 
 
-def test_average_is_the_mean_of_all_steps_by_diffusers_too() -> None:
-    student = nn.Linear(7, 5)
-    ours, theirs = (
-        trainer.EMAModel(student.parameters(), decay=1.0, use_ema_warmup=True, inv_gamma=1.0, power=1.0) for _ in "ab"
-    )
-    state = trainer.TrainState(student, None, None, ours)
-    weights = []
+def test_average_is_the_mean_of_all_steps_since_its_begin_by_diffusers_too() -> None:
+    """Before, it is the latest weights. diffusers' EMAModel with a warm-up and no limit has the same decay."""
+    begin, student = 5, nn.Linear(7, 5)
+    average = trainer.AveragedModel(student, multi_avg_fn=trainer.get_swa_multi_avg_fn())
+    state = trainer.TrainState(student, average=average, average_begin=begin)
+    settings = {"decay": 1.0, "use_ema_warmup": True, "inv_gamma": 1.0, "power": 1.0, "update_after_step": begin}
+    theirs, weights = EMAModel(student.parameters(), **settings), []
     for _ in range(20):
         with torch.no_grad():
             student.weight.add_(torch.randn(5, 7))
         weights.append(student.weight.detach().clone())
         state.update_average()
+        state.step += 1
         theirs.step(student.parameters())
-    assert ours.cur_decay_value == theirs.cur_decay_value
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours.shadow_params, theirs.shadow_params))
-    assert torch.allclose(ours.shadow_params[0], torch.stack(weights).mean(dim=0), atol=1e-6)
+        expected = torch.stack(weights[begin:]).mean(dim=0) if state.step > begin else weights[-1]
+        assert torch.allclose(state.exported.weight, expected, atol=1e-6)
+        assert torch.allclose(state.exported.weight, theirs.shadow_params[0], atol=1e-6)
 
 
 # ---------------------------------------------------------------- compiled fake quantization
@@ -669,7 +671,7 @@ def test_factors_learn_in_the_first_third_and_the_average_begins_there(train, tm
         index = next(i for i, parameter in enumerate(state.student.parameters()) if parameter is conv.weight)
         weights.append(conv.weight.detach().clone())
         factors.append(conv.observer.smoothing_scale)
-        averages.append(state.ema.shadow_params[index].clone())
+        averages.append(list(state.exported.parameters())[index].clone())
 
     monkeypatch.setattr(trainer.TrainState, "update_average", spy)
     saved = train(tmp_path, "--max_train_steps", "9", "--use_ema", "--learning_rate", "1e-2")["state_dict"]
@@ -694,15 +696,15 @@ def test_exported_weights_are_the_averaged_ones_with_their_own_scales(train, tmp
 
     def spy(state, *rest):
         conv = state.student.get_submodule("mid_block.resnets.0.conv1")
-        averages = dict(zip(state.student.parameters(), state.ema.shadow_params))
-        for name, of in {"live": lambda parameter: parameter, "ema": averages.get}.items():
-            factor = trainer.per_input_channel(conv.observer.smoothing_scale, conv.weight)
+        averages = dict(zip(state.student.parameters(), state.average.parameters()))
+        for name, of in {"live": lambda parameter: parameter, "average": averages.get}.items():
+            factor = trainer.per_input_channel(of(conv.observer.log_smoothing).exp(), conv.weight)
             seen[name] = (of(conv.weight) * factor).detach()
         return save(state, *rest)
 
     monkeypatch.setattr(trainer, "save_int8", spy)
     saved = train(tmp_path, "--max_train_steps", "4", "--use_ema", "--learning_rate", "1e-2")["state_dict"]
-    levels, scale = trainer.quantize_weight(seen["ema"])
+    levels, scale = trainer.quantize_weight(seen["average"])
     assert torch.equal(saved["mid_block.resnets.0.conv1.weight"], levels)
     assert torch.equal(saved["mid_block.resnets.0.conv1.weight_scale"], scale)
     assert not torch.equal(trainer.quantize_weight(seen["live"])[1], scale)
