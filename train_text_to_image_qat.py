@@ -152,23 +152,18 @@ def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     text = "Stable Diffusion 1.x, 2.x or XL: a diffusers folder, a hub id, or one FILE.safetensors"
     add("--pretrained_model_name_or_path", required=True, help=text)
-    text = "folder or hub id of a single file's configs and tokenizers; by default chosen by the names of its tensors"
-    add("--config", metavar="FOLDER", help=text)
-    text = (
-        "LoRAs (.safetensors in diffusers' or kohya's format) that are fused into the model, with this weight, else 1"
-    )
+    add("--config", metavar="FOLDER", help="folder or hub id with the configs and tokenizers of a single file")
+    text = "LoRAs (.safetensors, diffusers' or kohya's format) to fuse into the model, by this weight, else 1"
     add("--lora", nargs="+", type=lora_argument, metavar="PATH[:WEIGHT]", help=text)
     add("--revision", help="git revision of the hub model")
     add("--variant", help="file variant of the model's weights, such as fp16")
     add("--cache_dir", help="where downloads are kept")
     add = parser.add_argument_group("data").add_argument
-    text = "image folder with the metadata.jsonl of create_metadata.py; with --streaming, tars of img2dataset: "
-    text += "their folder, or a pattern such as 'pairs/{00000..00009}.tar'"
+    text = "folder with metadata.jsonl; with --streaming, a folder of tars or a pattern, 'pairs/{00000..00009}.tar'"
     add("--train_data_dir", type=Path, help=text)
     add("--dataset_name", help="instead of a folder: a dataset that the datasets library loads, by name or path")
     add("--dataset_config_name", help="configuration of --dataset_name")
-    text = "read the data in order, shuffled in blocks, without keeping it: for data larger than memory or disk"
-    add("--streaming", action="store_true", help=text)
+    add("--streaming", action="store_true", help="read the data in order, shuffled in blocks, without keeping it")
     add("--image_column", help="column of the images; by default file_name in a folder, image or jpg in a dataset")
     add("--caption_column", default="text", help="column of the captions; in tars, txt takes the place of text")
     add("--max_train_samples", type=POSITIVE, help="use only the first so many pairs")
@@ -178,47 +173,38 @@ def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--random_flip", action="store_true", help="flip half of the images horizontally")
     text = "share of captions replaced by the empty one: half, as under classifier-free guidance"
     add("--proportion_empty_prompts", type=float, default=0.5, help=text)
-    text = "encode images and captions once, before training, into --output_dir (0.4 MB a pair at 512 pixels, 0.5 with "
-    text += "--random_flip): pays where pairs are used more than once; needs --center_crop"
+    text = "encode each pair once, before training, into --output_dir (0.5 MB at 512 pixels); needs --center_crop"
     add("--cache_latents", action="store_true", help=text)
-    text = "processes that decode images; 0: the main one"
-    add("--dataloader_num_workers", type=NOT_NEGATIVE, default=0, help=text)
+    add("--dataloader_num_workers", type=NOT_NEGATIVE, default=0, help="processes that decode images; 0: the main one")
 
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("quantization").add_argument
-    text = (
-        "layers kept in float: regexes, matched from the start of the layer's name; replaces the default and empties "
-    )
-    add("--keep_float", nargs="*", metavar="REGEX", default=DEFAULT_KEEP_FLOAT, help=text + "--weight_only")
-    text = "layers with int8 weights that compute in float: regexes; replaces the default and empties --keep_float"
+    text = "layers kept in float, by regexes from the start of the name; replaces the default, empties --weight_only"
+    add("--keep_float", nargs="*", metavar="REGEX", default=DEFAULT_KEEP_FLOAT, help=text)
+    text = "layers with int8 weights that compute in float, likewise; replaces the default, empties --keep_float"
     add("--weight_only", nargs="*", metavar="REGEX", default=DEFAULT_WEIGHT_ONLY, help=text)
-    text = "a whole quantization config, as quant_model.pt records it"
-    add("--quantization_config", type=Path, metavar="FILE.json", help=text)
-    text = "batches of noised images whose minimum and maximum are the activations' ranges"
-    add("--calibration_steps", type=POSITIVE, default=200, help=text)
+    add("--quantization_config", type=Path, metavar="FILE.json", help="a complete one, as quant_model.pt has it")
+    add("--calibration_steps", type=POSITIVE, default=200, help="batches that set the activations' ranges")
     add = parser.add_argument_group("losses").add_argument
     text = "weight of the distillation loss: log of the mean squared error to the teacher's output"
     add("--kd_weight", type=NOT_NEGATIVE_FLOAT, default=1.0, help=text)
+    add("--feature_kd_weight", type=NOT_NEGATIVE_FLOAT, default=0.0, help="likewise, for the outputs of the blocks")
     text = "weight of the denoising loss on the data, which draws the student away from the teacher"
     add("--task_weight", type=NOT_NEGATIVE_FLOAT, default=0.0, help=text)
-    text = "weight of the distillation loss on the outputs of the UNet's blocks"
-    add("--feature_kd_weight", type=NOT_NEGATIVE_FLOAT, default=0.0, help=text)
     add("--snr_gamma", type=float, help="min-SNR weights (arXiv 2303.09556) for the denoising loss; 5.0 is usual")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--max_train_steps", type=NOT_NEGATIVE, help="optimizer steps; 0: calibrate and convert only")
-    text = "passes over the data, unless --max_train_steps is given"
-    add("--num_train_epochs", type=POSITIVE, default=1, help=text)
+    add("--num_train_epochs", type=POSITIVE, default=1, help="passes over the data, without --max_train_steps")
     add("--train_batch_size", type=POSITIVE, default=4, help="images per process and forward pass")
     add("--gradient_accumulation_steps", type=POSITIVE, default=1, help="forward passes per optimizer step")
     add("--gradient_checkpointing", action="store_true", help="less memory for about a third more time")
     text = "peak learning rate of the weights, relative to the median magnitude of each weight tensor"
     add("--learning_rate", type=NOT_NEGATIVE_FLOAT, default=1e-5, help=text)
-    text = "peak learning rate of biases and norms"
-    add("--bias_learning_rate", type=NOT_NEGATIVE_FLOAT, default=1e-4, help=text)
+    add("--bias_learning_rate", type=NOT_NEGATIVE_FLOAT, default=1e-4, help="peak learning rate of biases and norms")
     text = "peak learning rate of the activation scales' logarithms; 0 freezes them as calibrated"
     add("--quantizer_learning_rate", type=NOT_NEGATIVE_FLOAT, default=1e-2, help=text)
     add("--scale_lr", action="store_true", help="multiply --learning_rate by processes x accumulation x batch size")
@@ -227,7 +213,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr_warmup_steps", type=NOT_NEGATIVE, default=0, help="optimizer steps of warm-up")
     add("--adam_beta1", type=float, default=0.9, help="AdamW's decay of the gradient's average")
     add("--adam_beta2", type=float, default=0.999, help="AdamW's decay of the squared gradient's average")
-    add("--adam_weight_decay", type=float, default=0.0, help="AdamW's weight decay, which is away from the teacher")
+    add("--adam_weight_decay", type=float, default=0.0, help="AdamW's weight decay, away from the teacher's weights")
     add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
     add("--max_grad_norm", type=float, default=1.0, help="norm that gradients are clipped to")
     add("--use_ema", action="store_true", help="save the average of the weights over the last two thirds of the steps")
@@ -239,12 +225,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
-    text = "for quant_model.pt, training.png, checkpoints and logs"
-    add("--output_dir", type=Path, default=Path("sd-qat-kd"), help=text)
+    add("--output_dir", type=Path, default=Path("sd-qat-kd"), help="of quant_model.pt, training.png, checkpoints, logs")
     add("--checkpointing_steps", type=POSITIVE, default=100, help="optimizer steps between checkpoints")
     add("--checkpoints_total_limit", type=POSITIVE, default=2, help="number of checkpoints that are kept")
-    text = "continue from a checkpoint, to the same bits as an unbroken run"
-    add("--resume_from_checkpoint", metavar="latest|PATH", help=text)
+    add("--resume_from_checkpoint", metavar="latest|PATH", help="continue, to the same bits as an unbroken run")
     add("--validation_prompts", nargs="+", help="captions to generate with teacher and student, side by side")
     add("--validation_steps", type=POSITIVE, default=100, help="optimizer steps between validations")
     text = "tracker of accelerate (tensorboard, wandb, ...), or none; by default tensorboard if it is installed"
