@@ -1896,11 +1896,26 @@ class FakeQuantizeWeight(torch.autograd.Function):
         return grad, None
 
 
-class FakeQuantizeActivation(torch.autograd.Function):
-    """Quantize and dequantize with a learned scale and learned smoothing scales.
+def straight_through(
+    x: torch.Tensor, log_smoothing: torch.Tensor, log_scale: torch.Tensor, zero_point: torch.Tensor
+) -> torch.Tensor:
+    """What FakeQuantizeActivation computes, for [n, channels], by autograd: the specification that a test holds equal.
 
-    LSQ, arXiv 1902.08153, equations 2 and 3. Learned as logarithms, the scales change by a ratio at each optimizer
-    step. The paper divides the scale's gradient by a constant, which Adam would undo.
+    LSQ, arXiv 1902.08153, equations 2 and 3: the gradient passes straight through the rounding, but not the clipping.
+    Learned as logarithms, the scales change by a ratio at each optimizer step. The paper divides the scale's gradient
+    by a constant, which Adam would undo.
+    """
+    step = log_scale.exp() * log_smoothing.exp()
+    v = x / step
+    q = (v + (v.round() - v).detach() + zero_point).clamp(0, 255)
+    return (q - zero_point) * step
+
+
+class FakeQuantizeActivation(torch.autograd.Function):
+    """`straight_through` with a backward pass of its own, which recomputes from `x` what autograd would save.
+
+    Uncompiled, autograd saves 3 (fp32) to 6 (bf16) times the size of `x`; compiled, `straight_through` meets more kinds
+    of strides and views than torch.compile's recompile limit allows.
     """
 
     @staticmethod

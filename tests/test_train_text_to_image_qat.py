@@ -111,6 +111,29 @@ def test_gradients_of_an_activation_follow_lsq() -> None:
     assert log_scale.grad.item() == pytest.approx(sum(errors + clipped), rel=1e-5)  # the scale is part of them all
 
 
+def test_fake_quantized_activation_is_that_of_straight_through_autograd() -> None:
+    """Values to the bit, gradients but for the order of a sum."""
+    generator, zero_point = torch.Generator().manual_seed(0), torch.tensor(100, dtype=torch.int32)
+    x = (3 * torch.randn(64, 40, generator=generator)).requires_grad_()
+    log_smoothing, log_scale = (
+        torch.randn(40, generator=generator).requires_grad_(),
+        torch.tensor(-4.6).requires_grad_(),
+    )
+    slope, results = torch.randn(64, 40, generator=generator), []
+    for function in (
+        trainer.straight_through,
+        lambda x, *qparams: trainer.FakeQuantizeActivation.apply(x, -1, *qparams),
+    ):
+        x.grad = log_smoothing.grad = log_scale.grad = None
+        output = function(x, log_smoothing, log_scale, zero_point)
+        (output * slope).sum().backward()
+        results.append((output, x.grad, log_smoothing.grad, log_scale.grad))
+    (values, grad, *scales), (ours, our_grad, *our_scales) = results
+    assert torch.equal(values, ours) and 0 < grad.count_nonzero() < grad.numel()
+    assert torch.allclose(grad, our_grad, rtol=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(scales, our_scales))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_batch_does_not_enter_a_range(bad: float) -> None:
     quantizer = trainer.ActivationFakeQuantizer(channels=2, channel_dim=-1)
