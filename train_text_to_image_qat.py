@@ -1762,9 +1762,8 @@ class CachedLatents(Dataset):
             tensors = {name: tensor[0].cpu().clone() for name, tensor in {"latents": latents, **embeddings}.items()}
             tensors |= {name: batch[name][0] for name in ("replaced", "failure", "captioned")}
             try:
-                with open(file.with_suffix(".partial"), "wb") as partial:
-                    torch.save(tensors, partial)
-                file.with_suffix(".partial").rename(file)
+                with replacing(file) as partial, open(partial, "wb") as written:
+                    torch.save(tensors, written)
             except (OSError, RuntimeError) as error:
                 raise TrainingError(f"{file} was not written: {root_os_error(error)}") from error
         accelerator.wait_for_everyone()
@@ -2128,9 +2127,10 @@ def make_teacher_and_student(
     Without training there is no teacher, and the student is frozen: autocast would cache casts of trainable weights.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[accelerator.mixed_precision]
-    teacher = copy.deepcopy(unet).requires_grad_(False).eval() if training else None
-    if teacher is not None:
-        teacher.to(accelerator.device, dtype=dtype).to(memory_format=torch.channels_last)
+    teacher = None
+    if training:
+        teacher = copy.deepcopy(unet).requires_grad_(False).eval().to(accelerator.device, dtype=dtype)
+        teacher.to(memory_format=torch.channels_last)
     student = unet.train().requires_grad_(training).to(accelerator.device, memory_format=torch.channels_last)
     return teacher, student
 
@@ -2398,26 +2398,20 @@ def init_smoothing_scales(unet: nn.Module) -> None:
 # ---------------------------------------------------------------- losses
 
 
-class BlockOutputs:
-    """The outputs of a UNet's down, mid and up blocks in its latest forward pass."""
+@contextlib.contextmanager
+def block_outputs(unet: UNet2DConditionModel, enabled: bool) -> Iterator[dict[nn.Module, torch.Tensor]]:
+    """The outputs of a UNet's down, mid and up blocks in its latest forward pass, kept by hooks."""
+    outputs: dict[nn.Module, torch.Tensor] = {}
 
-    def __init__(self, unet: UNet2DConditionModel, enabled: bool) -> None:
-        self.outputs: dict[nn.Module, torch.Tensor] = {}
-        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks] if enabled else []
-        self.hooks = [block.register_forward_hook(self.keep) for block in blocks if block is not None]
+    def keep(block: nn.Module, inputs: Any, output: Any) -> None:
+        outputs[block] = output[0] if isinstance(output, tuple) else output
 
-    def keep(self, block: nn.Module, inputs: Any, output: Any) -> None:
-        self.outputs[block] = output[0] if isinstance(output, tuple) else output
-
-    def take(self) -> list[torch.Tensor]:
-        outputs, self.outputs = list(self.outputs.values()), {}
-        return outputs
-
-    def __enter__(self) -> BlockOutputs:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for hook in self.hooks:
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks] if enabled else []
+    hooks = [block.register_forward_hook(keep) for block in blocks if block is not None]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
             hook.remove()
 
 
@@ -2455,19 +2449,18 @@ def task_loss(
 def compute_losses(
     student_output: torch.Tensor,
     teacher_output: torch.Tensor,
-    features: list[tuple[torch.Tensor, torch.Tensor]],
+    blocks: Iterable[tuple[torch.Tensor, torch.Tensor]],
     batch: NoisedBatch,
     scheduler: DDPMScheduler,
     args: argparse.Namespace,
 ) -> dict[str, torch.Tensor]:
-    """Each loss by its name, and "loss", their weighted sum; `features` are block outputs of (student, teacher)."""
+    """Each loss by its name, and "loss", their weighted sum; `blocks` are block outputs of (student, teacher)."""
     target = training_target(scheduler, batch.latents, batch.noise, batch.timesteps)
-    losses = {
-        "kd_loss": log_distance(student_output, teacher_output),
-        "task_loss": task_loss(student_output, target, scheduler, batch.timesteps, args.snr_gamma),
-    }
-    if features:
-        losses["feature_kd_loss"] = torch.stack([log_distance(ours, theirs) for ours, theirs in features]).mean()
+    losses = {"kd_loss": log_distance(student_output, teacher_output)}
+    losses["task_loss"] = task_loss(student_output, target, scheduler, batch.timesteps, args.snr_gamma)
+    distances = [log_distance(ours, theirs) for ours, theirs in blocks]
+    if distances:
+        losses["feature_kd_loss"] = torch.stack(distances).mean()
     losses["loss"] = sum(getattr(args, name.replace("loss", "weight")) * loss for name, loss in losses.items())
     return losses
 
@@ -2562,10 +2555,8 @@ def create_train_state(
     else:
         for parameter in scales + smoothing:
             parameter.requires_grad_(False)
-    betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = torch.optim.AdamW(
-        groups, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, fused=True
-    )
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.adam_weight_decay, fused=True, **adam)
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max(1, steps)}
     schedule = get_scheduler(args.lr_scheduler, optimizer, **lengths).lr_lambdas[0]  # step -> share of the peak
     schedules = [schedule] * len(groups)
@@ -2730,6 +2721,9 @@ class TrainingCurve:
 
     KEPT = ("start", "stride", "points", "validated", "saved")
 
+    def values(self, name: str) -> list[float]:
+        return [point[name] for point in self.points]
+
     @classmethod
     def of(cls, student: nn.Module, checkpoint: Path | None) -> TrainingCurve:
         """The checkpoint's curve, or a new one."""
@@ -2753,8 +2747,8 @@ class TrainingCurve:
         if self.scales:
             change = torch.stack(self.scales).cpu().double() - torch.tensor(self.start, dtype=torch.float64)
             change = change.exp().sub(1).mul(100)  # percent
-            values |= {"scales least": change.min().item(), "scales greatest": change.max().item()}
-            values["scales median"] = change.median().item()
+            statistics = {"least": change.min(), "greatest": change.max(), "median": change.median()}
+            values |= {f"scales {name}": value.item() for name, value in statistics.items()}
         point = {"step": step, "steps": 1, **values}
         if self.points and self.points[-1]["steps"] < self.stride:
             point = self.mean(self.points.pop(), point)
@@ -2800,7 +2794,7 @@ def training_figure(curve: TrainingCurve, args: argparse.Namespace) -> Any:
     cells = [grid[row, left : left + 3] for row in range(rows) for left in (0, 3)]
     panels = [figure.add_subplot(cell) for cell in cells[: len(losses) + 2]]
     for axes, name in zip(panels, losses):
-        draw_loss(axes, name.removeprefix("loss "), curve, [point[name] for point in curve.points])
+        draw_loss(axes, name.removeprefix("loss "), curve.values("step"), curve.values(name))
     draw_rates(panels[-2], curve)
     draw_scales(panels[-1], curve)
     for axes in panels:
@@ -2815,9 +2809,8 @@ def training_figure(curve: TrainingCurve, args: argparse.Namespace) -> Any:
     return figure
 
 
-def draw_loss(axes: Any, name: str, curve: TrainingCurve, values: list[float]) -> None:
+def draw_loss(axes: Any, name: str, steps: list[float], values: list[float]) -> None:
     """Every point faintly, and their moving average over a twentieth of the run."""
-    steps = [point["step"] for point in curve.points]
     window = max(1, len(values) // 20)
     sums = np.cumsum(np.nan_to_num([0.0, *values]))
     known = np.cumsum([0, *np.isfinite(values)])
@@ -2831,10 +2824,9 @@ def draw_loss(axes: Any, name: str, curve: TrainingCurve, values: list[float]) -
 
 
 def draw_rates(axes: Any, curve: TrainingCurve) -> None:
-    steps = [point["step"] for point in curve.points]
     for name in [name for name in curve.points[-1] if name.startswith("rate ")]:
-        values = [point[name] or math.nan for point in curve.points]  # 0 has no logarithm
-        axes.plot(steps, values, label=name.removeprefix("rate "))
+        values = [value or math.nan for value in curve.values(name)]  # 0 has no logarithm
+        axes.plot(curve.values("step"), values, label=name.removeprefix("rate "))
     axes.set_yscale("log")
     axes.set_title("learning rates", fontsize=10)
     axes.legend(fontsize=8)
@@ -2843,11 +2835,9 @@ def draw_rates(axes: Any, curve: TrainingCurve) -> None:
 def draw_scales(axes: Any, curve: TrainingCurve) -> None:
     axes.set_title("activation scales, change since calibration, %", fontsize=10)
     if "scales median" in curve.points[-1]:
-        steps = [point["step"] for point in curve.points]
-        names = ("scales least", "scales median", "scales greatest")
-        least, median, greatest = ([point[name] for point in curve.points] for name in names)
+        steps, least, greatest = (curve.values(name) for name in ("step", "scales least", "scales greatest"))
         axes.fill_between(steps, least, greatest, alpha=0.25, label="least to greatest")
-        axes.plot(steps, median, label="median")
+        axes.plot(steps, curve.values("scales median"), label="median")
         axes.legend(fontsize=8)
 
 
@@ -2903,7 +2893,7 @@ def distill(
     features = args.feature_kd_weight > 0
     monitor, shutdown = RunMonitor(dataset.remedy), ShutdownSignal(accelerator)
     progress = tqdm(total=steps, initial=state.step, desc="distill", disable=not accelerator.is_main_process)
-    with BlockOutputs(teacher, features) as teacher_blocks, BlockOutputs(state.student, features) as student_blocks:
+    with block_outputs(teacher, features) as teacher_blocks, block_outputs(state.student, features) as student_blocks:
         for number, batch in zip(numbers, loader):
             with accelerator.accumulate(model):
                 # images -> latents, noise and timesteps -> noisy latents
@@ -2915,9 +2905,10 @@ def distill(
                     teacher_output = noised.predict(teacher)
                 with accelerator.autocast():
                     student_output = noised.predict(model)
-                outputs = list(zip(student_blocks.take(), teacher_blocks.take()))
-                scheduler = pipeline.noise_scheduler
-                losses = compute_losses(student_output, teacher_output, outputs, noised, scheduler, args)
+                blocks, scheduler = zip(student_blocks.values(), teacher_blocks.values()), pipeline.noise_scheduler
+                losses = compute_losses(student_output, teacher_output, blocks, noised, scheduler, args)
+                student_blocks.clear()
+                teacher_blocks.clear()
                 accelerator.backward(losses["loss"])
                 monitor.update(losses, batch)
                 if not accelerator.sync_gradients:
