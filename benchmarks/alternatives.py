@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def without_smoothing() -> None:
     """Plain min-max: one step size for large and small channels alike."""
-    trainer.smooth = lambda unet: None
+    trainer.init_smoothing_scales = lambda unet: None
 
 
 @torch.no_grad()
@@ -57,14 +57,14 @@ def calibrate_by_painting(student, pipeline, dataset, accelerator, args) -> None
             unconditional, conditional = output.chunk(2)
             output = unconditional + 7.5 * (conditional - unconditional)
             latents = scheduler.step(output, timestep, latents).prev_sample
-    trainer.set_ranges(student)
+    trainer.finish_calibration(student)
 
 
 def painting() -> None:
     trainer.calibrate = calibrate_by_painting
 
 
-class LeastErrorQuantizer(trainer.InputQuantizer):
+class LeastErrorQuantizer(trainer.ActivationFakeQuantizer):
     """Clips where the squared error over a sample of the observed inputs is least, instead of never."""
 
     ROWS, SHARES = 64, torch.linspace(0.3, 1, 71)
@@ -79,9 +79,9 @@ class LeastErrorQuantizer(trainer.InputQuantizer):
         self.sample.append(rows[torch.linspace(0, len(rows) - 1, self.ROWS).long()])
 
     @torch.no_grad()
-    def freeze_range(self) -> None:
-        low, high = (self.low / self.factor).min(), (self.high / self.factor).max()
-        x = torch.cat(self.sample) / self.factor
+    def compute_qparams(self) -> None:
+        low, high = (self.low / self.smoothing_scale).min(), (self.high / self.smoothing_scale).max()
+        x = torch.cat(self.sample) / self.smoothing_scale
         least = math.inf
         for share in self.SHARES:
             scale = share * (high - low).clamp(min=1e-8) / 255
@@ -95,7 +95,7 @@ class LeastErrorQuantizer(trainer.InputQuantizer):
 
 
 def least_error() -> None:
-    trainer.InputQuantizer = LeastErrorQuantizer
+    trainer.ActivationFakeQuantizer = LeastErrorQuantizer
 
 
 # ---------------------------------------------------------------- other trainings
@@ -110,17 +110,17 @@ def random_timesteps() -> None:
 
 def even_timesteps() -> None:
     """Late ones are not drawn more often."""
-    trainer.TIMESTEP_POWER = 1
+    trainer.TIMESTEP_EXPONENT = 1
 
 
 def fixed_factors() -> None:
     """Channel factors stay as calibrated."""
-    trainer.FACTOR_RATE = 0
+    trainer.SMOOTHING_LR_RATIO = 0
 
 
 def one_rate() -> None:
     """The learning rate is that of all weights, whatever their size."""
-    trainer.size_of = lambda weight: 1.0
+    trainer.median_magnitude = lambda weight: 1.0
 
 
 def mean_squared_error() -> None:
@@ -156,7 +156,7 @@ def publish(unet: nn.Module) -> None:
     """Make every Linear and Conv2d a PublishedLayer."""
     for name, layer in list(unet.named_modules()):
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            trainer.swap(unet, name, PublishedLayer(layer))
+            trainer.replace_module(unet, name, PublishedLayer(layer))
 
 
 def published() -> None:
@@ -176,10 +176,8 @@ def published() -> None:
             if isinstance(module, FakeQuantize):
                 module.enable_fake_quant()
 
-    def save(run: trainer.Trainer, config: Any, pipeline: Any, args: Any) -> None:
-        if run.ema is not None:
-            run.ema.copy_to(run.student.parameters())
-        torch.save(run.student.state_dict(), args.output_dir / "quant_model.pt")
+    def save(run: trainer.TrainState, config: Any, pipeline: Any, args: Any) -> None:
+        torch.save(run.exported.state_dict(), args.output_dir / "quant_model.pt")
 
     def build(state_dict: dict[str, torch.Tensor], *rest: Any) -> nn.Module:
         unet = painter.UNet2DConditionModel.from_config(state_dict.pop("config"))

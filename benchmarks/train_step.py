@@ -119,7 +119,7 @@ def make_variants(names: list[str], args: argparse.Namespace, own_teacher: bool)
     """The variants over shared master weights; fp32 teachers share these too, unless memory is what is measured."""
     cpu, unet, teacher = Cpu(args.mixed_precision), load_unet(args), None
     if set(names) & {BASE, EAGER, OURS}:
-        teacher, unet = trainer.split(unet, cpu)
+        teacher, unet = trainer.make_teacher_and_student(unet, cpu)
     unet = unet.train().to(memory_format=torch.channels_last)
     variants = []
     for name in names:
@@ -141,12 +141,12 @@ def make_variants(names: list[str], args: argparse.Namespace, own_teacher: bool)
 
 def quantized(student: UNet2DConditionModel, cpu: Cpu) -> nn.Module:
     """The default recipe, with ranges from a single pass; the channel factors, which do not change the time, stay 1."""
-    student = trainer.prepare(student, trainer.recipe(trainer_flags(), student))
+    student = trainer.prepare(student, trainer.quantization_config(trainer_flags(), student))
     trainer.set_mode(student, "observe")
     with torch.no_grad(), cpu.autocast():
         student(*make_inputs(student, 1, 16))
-    for quantizer in trainer.input_quantizers(student):
-        quantizer.freeze_range()
+    for quantizer in trainer.activation_quantizers(student):
+        quantizer.compute_qparams()
     trainer.set_mode(student, "quantize")
     return student.train()
 
@@ -159,13 +159,13 @@ class Update:
     """Clipping, AdamW and EMA, as the trainer has them."""
 
     def __init__(self, student: UNet2DConditionModel, args: argparse.Namespace) -> None:
-        self.trainer = trainer.make_trainer(student, 1000, Cpu(args.mixed_precision), trainer_flags())
+        self.trainer = trainer.create_train_state(student, 1000, Cpu(args.mixed_precision), trainer_flags())
 
     def __call__(self) -> float:
         began = time.perf_counter()
         nn.utils.clip_grad_norm_(self.trainer.student.parameters(), 1.0)
         self.trainer.optimizer.step()
-        self.trainer.update_ema()
+        self.trainer.update_average()
         self.trainer.optimizer.zero_grad()
         return time.perf_counter() - began
 

@@ -82,12 +82,12 @@ def write_ours(args: argparse.Namespace) -> Path:
 
     unet = load_fp32(args)
     names = {"keep_float": trainer.DEFAULT_KEEP_FLOAT, "weight_only": trainer.DEFAULT_WEIGHT_ONLY}
-    config = trainer.recipe(argparse.Namespace(**names, quantization_config=None), unet)
+    config = trainer.quantization_config(argparse.Namespace(**names, quantization_config=None), unet)
     student = prepare(unet, config)
     trainer.set_mode(student, "observe")
     with torch.no_grad():
         student(*example(args, unet.config, torch.float32))
-    trainer.set_ranges(student)
+    trainer.finish_calibration(student)
     state_dict = {name: tensor.contiguous() for name, tensor in convert(student).state_dict().items()}
     unet_config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     payload = {"format": "sd-unet-int8", "format_version": 1, "unet_config": unet_config, "state_dict": state_dict}

@@ -225,7 +225,7 @@ def xl_quant_model(xl_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPa
 
 
 def batch_of(replaced: torch.Tensor) -> dict[str, Any]:
-    """What Watch looks at in a batch, for that many pictures that were put in the place of unreadable ones."""
+    """What RunMonitor reads of a batch in which so many unreadable images were replaced."""
     failures = ["a.jpg: spoilt" if count else "" for count in replaced.tolist()]
     return {"replaced": replaced, "failure": failures, "captioned": torch.ones(len(replaced), dtype=torch.bool)}
 

@@ -483,7 +483,7 @@ def test_samplers_that_cannot_are_refused_in_one_line(checkpoint: Path) -> None:
     diffusers.LCMScheduler(**BETAS, original_inference_steps=20).save_pretrained(checkpoint / "scheduler")
     edit(checkpoint / "model_index.json", scheduler=["diffusers", "LCMScheduler"])
     load(trainer, checkpoint)
-    assert "LCMScheduler paints none in 30 steps" in refusal(trainer, checkpoint, "--validation_prompts", "a")
+    assert "LCMScheduler cannot do 30 steps" in refusal(trainer, checkpoint, "--validation_prompts", "a")
 
 
 # ---------------------------------------------------------------- clip skip
@@ -599,7 +599,7 @@ def test_training_shows_the_unet_several_guidance_scales(guided: Path) -> None:
     accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=torch.no_grad)
     batch = {"pixel_values": torch.zeros(4, 3, SIZE, SIZE), "input_ids": torch.zeros(4, 1, 77, dtype=torch.long)}
     generator = torch.Generator().manual_seed(0)
-    noised = trainer.noise_pictures(pipeline, batch, (0, 1), 1, generator, accelerator)
+    noised = trainer.add_noise(pipeline, batch, (0, 1), 1, generator, accelerator)
     embedding = noised.conditioning["timestep_cond"]
     assert embedding.shape == (4, 16) and len(embedding.unique(dim=0)) == 4
     told = noised.predict(pipeline.unet)

@@ -127,10 +127,10 @@ def test_a_tenth_of_bad_pictures_is_not_stopped_by_bad_luck() -> None:
     generator, losses, stopped = torch.Generator().manual_seed(0), {"loss": torch.tensor(1.0)}, Counter()
     for share in (0.09, 0.2):
         for _ in range(60):
-            watch = trainer.Watch()
+            watch = trainer.RunMonitor()
             try:
                 for _ in range(100):
-                    watch.note(losses, batch_of((torch.rand(8, generator=generator) < share).long()))
+                    watch.update(losses, batch_of((torch.rand(8, generator=generator) < share).long()))
             except trainer.UsageError:
                 stopped[share] += 1
     assert stopped[0.09] <= 1 and stopped[0.2] >= 58

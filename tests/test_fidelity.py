@@ -18,11 +18,11 @@ def test_least_error_clips_an_outlier_that_min_max_spends_the_range_on() -> None
     x = torch.randn(2**18, 1, generator=torch.Generator().manual_seed(0))
     x[0] = 8.0
     errors = []
-    for kind in (trainer.InputQuantizer, alternatives.LeastErrorQuantizer):
+    for kind in (trainer.ActivationFakeQuantizer, alternatives.LeastErrorQuantizer):
         quantizer = kind(channels=1, channel_dim=-1)
         quantizer.ROWS = len(x)
         quantizer.observe(x)
-        quantizer.freeze_range()
+        quantizer.compute_qparams()
         errors.append((quantizer(x) - x).square().mean().item())
     assert errors[1] < 0.9 * errors[0]
 

@@ -354,7 +354,7 @@ def test_hostile_recipes_are_refused_in_time(tmp_path: Path, text: str, message:
     args = trainer.parse_args([*flags, "--quantization_config", str(tmp_path / "recipe.json")])
     began = time.monotonic()
     with pytest.raises(trainer.UsageError, match=message):
-        trainer.recipe(args, tiny_unet())
+        trainer.quantization_config(args, tiny_unet())
     assert time.monotonic() - began < 5
 
 

@@ -220,13 +220,13 @@ def test_resumed_stream_ends_with_the_same_bits(train, tars: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("workers", ["0", "1", "3"])
 def test_calibration_sees_every_batch_that_it_asks_for(train, tars: Path, tmp_path: Path, monkeypatch, workers) -> None:
-    numbers, noise = [], trainer.noise_pictures
+    numbers, noise = [], trainer.add_noise
 
-    def noted(pipeline, batch, part, power, generator, accelerator) -> trainer.Noised:
+    def noted(pipeline, batch, part, power, generator, accelerator) -> trainer.NoisedBatch:
         numbers.append((power, generator.initial_seed(), len(batch["pixel_values"])))
         return noise(pipeline, batch, part, power, generator, accelerator)
 
-    monkeypatch.setattr(trainer, "noise_pictures", noted)
+    monkeypatch.setattr(trainer, "add_noise", noted)
     flags = ["--train_data_dir", str(tars), "--streaming", "--max_train_steps", "0", "--calibration_steps", "5"]
     saved = train(tmp_path, *flags, "--dataloader_num_workers", workers)
     seeds = [trainer.generator_for(0, "calibration", number).initial_seed() for number in range(5)]

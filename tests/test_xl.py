@@ -144,7 +144,7 @@ def test_the_unet_hears_of_caption_and_size(xl_dir: Path) -> None:
     told = {"text_embeds": torch.randn(2, 40, generator=generator), "time_ids": torch.full((2, 6), 32.0)}
     words = torch.randn(2, 77, 80, generator=generator)
     latents = torch.randn(2, 4, SIZE // 2, SIZE // 2, generator=generator)
-    noised = trainer.Noised(
+    noised = trainer.NoisedBatch(
         latents, torch.tensor([9, 900]), {"encoder_hidden_states": words, "added_cond_kwargs": told}, latents, latents
     )
     with torch.no_grad():
