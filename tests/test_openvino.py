@@ -25,9 +25,6 @@ from test_text2images import KINDS, new_layer, paint, pair_of_inputs, pixels, so
 from test_train_text_to_image_qat import unet_inputs
 from text2images import UsageError
 
-exact_kernels = pytest.mark.skipif(
-    not text2images.kernels_are_exact("CPU"), reason="this CPU has no exact int8 kernels"
-)
 CPU = torch.device("cpu")
 
 
@@ -48,7 +45,7 @@ def run_openvino(model: object, *inputs: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- the same numbers
 
 
-@exact_kernels
+@pytest.mark.exact_kernels
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["int8", "paired", "int8 weights alone"])
 def test_layer_in_openvino_computes_what_the_reference_path_does(kind: str, how: str) -> None:
@@ -106,7 +103,7 @@ def test_unet_in_openvino_fits_any_batch_and_size(
     assert torch.allclose(unet(*inputs)[0], expected, atol=1e-4 * expected.abs().max().item())
 
 
-@exact_kernels
+@pytest.mark.exact_kernels
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["paired", "plain"])
 def test_int8_unet_in_openvino_errs_as_the_reference_does(
@@ -123,7 +120,7 @@ def test_int8_unet_in_openvino_errs_as_the_reference_does(
         assert relative(given[sample], exact[sample]) < 1.3 * relative(expected[sample], exact[sample])
 
 
-@exact_kernels
+@pytest.mark.exact_kernels
 def test_picture_is_that_of_the_reference_path(model_dir: Path, quant_model: Path, tmp_path: Path) -> None:
     """Nearer than the pictures in bf16 and fp32 are to each other."""
     flags = ["-c", "a lake", "-n", "4", "--batch_size", "3"]  # the last batch is smaller
@@ -137,7 +134,7 @@ def test_picture_is_that_of_the_reference_path(model_dir: Path, quant_model: Pat
     assert decibels(painted["openvino"], painted["fp32"]) > decibels(painted["torch"], painted["fp32"]) - 1
 
 
-@exact_kernels
+@pytest.mark.exact_kernels
 @pytest.mark.parametrize("cpu", ["AVX2", "AVX512_CORE", "AVX2_VNNI"])
 def test_older_cpus_paint_the_same_picture_and_say_how(
     model_dir: Path, quant_model: Path, tmp_path: Path, cpu: str
@@ -359,7 +356,7 @@ numpy.save(out, pipeline.generate(caption, generator=Noise(42), **size).data[0])
 """
 
 
-@exact_kernels
+@pytest.mark.exact_kernels
 @pytest.mark.skipif(importlib.util.find_spec("openvino_genai") is None, reason="openvino-genai is not installed")
 @pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
 def test_openvino_genai_paints_from_the_saved_folder(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
