@@ -13,6 +13,7 @@ import multiprocessing
 import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,6 +45,7 @@ SIZE = 32  # pixels of a picture of the tiny model
 FORKS = multiprocessing.get_context("forkserver")  # starts processes that have the libraries loaded already
 FORKS.set_forkserver_preload(["train_text_to_image_qat", "tensorboard", "datasets"])
 
+pytest.register_assert_rewrite("models", "data")  # what several test files share
 torch.set_num_threads(1)
 # A forked data worker that collects OpenVINO's objects, left by an earlier test, hangs or crashes: it lacks their
 # threads. What was there before a fork is not collected after it.
@@ -181,6 +183,23 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without weights, and without a network."""
+    import huggingface_hub
+
+    import evaluate
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(evaluate, "CLIP", "nobody/has-this")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # or nothing would be tried anyway
+    for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("something was to be downloaded"))
+    (tmp_path / "torch/hub/checkpoints").mkdir(parents=True)
+    return tmp_path / "torch/hub/checkpoints"
+
+
 def reset_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -286,7 +305,7 @@ def start(
 ) -> Iterator[Callable[..., BaseProcess]]:
     """Start the trainer on (output_dir, *flags) in a process of its own."""
     processes: list[BaseProcess] = []
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")  # for what is loaded beforehand
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests:{ROOT}/tests/robustness")  # for what is loaded beforehand
 
     def run(
         output_dir: Path, *flags: str, largest_file: int | None = None, hook: Any = None, **environment: str
