@@ -19,8 +19,8 @@ from PIL import Image, PngImagePlugin
 import create_metadata as cm
 import train_text_to_image_qat as trainer
 from conftest import SIZE, tiny_pipeline
-from test_streaming import picture, stream, write_tar
-from test_train_text_to_image_qat import parse
+from data import picture, stream, write_tar
+from models import parse
 
 # ---------------------------------------------------------------- one way in
 

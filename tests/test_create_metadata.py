@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import create_metadata as cm
+from data import collect
 from dirty_corpus import burdened, encoded, ftyp, huge_png, png_with
 
 SCRIPT = Path(cm.__file__)
@@ -40,14 +41,6 @@ def put(folder: Path, name: str, content: bytes | str) -> Path:
 def put_pair(folder: Path, name: str, caption: bytes | str = "a caption", image: bytes = JPEG) -> None:
     put(folder, name, image)
     put(folder, os.path.splitext(name)[0] + ".txt", caption)
-
-
-def collect(folder: Path, *flags: str) -> tuple[list[tuple[str, str]], dict[str, int], dict[str, int]]:
-    """The rows that would be written, the counts of what is left out, and the counts of what is remarked on."""
-    args = cm.parse_args(["-p", str(folder), *flags])
-    left_out, remarks = cm.Tally(), cm.Tally()
-    rows = cm.check_pairs(cm.find_pairs(args, left_out, remarks), args, left_out, remarks)
-    return rows, dict(left_out.counts), dict(remarks.counts)
 
 
 def written(folder: Path, name: str = "metadata.jsonl") -> list[tuple[str, str]]:

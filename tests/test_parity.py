@@ -13,7 +13,7 @@ import torch
 
 import text2images
 import train_text_to_image_qat as trainer
-from test_train_text_to_image_qat import unet_inputs
+from models import unet_inputs
 
 BOLD = ["--use_ema", "--learning_rate", "3e-2", "--quantizer_learning_rate", "0.1"]  # every step shows
 

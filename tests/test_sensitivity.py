@@ -14,7 +14,7 @@ from PIL import Image
 import sensitivity
 import train_text_to_image_qat as trainer
 from conftest import SIZE, tiny_unet
-from test_train_text_to_image_qat import parse, unet_inputs
+from models import parse, unet_inputs
 
 
 @torch.no_grad()

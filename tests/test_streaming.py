@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 import time
 from pathlib import Path
 
@@ -15,27 +13,9 @@ from torch.utils.data import DataLoader
 
 import train_text_to_image_qat as trainer
 from conftest import SIZE, tiny_pipeline
+from data import pair, stream, write_tar
 
 PER_TAR = 6
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def picture(level: int, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (SIZE + 4, SIZE), (level, level, level)).save(file, kind)
-    return file.getvalue()
-
-
-def pair(key: str, level: int) -> dict[str, bytes]:
-    """A sample as img2dataset writes it; the picture's grey level tells which one it is."""
-    return {f"{key}.png": picture(level), f"{key}.txt": f"grey {level}".encode(), f"{key}.json": b'{"width": 36}'}
 
 
 @pytest.fixture
@@ -49,13 +29,6 @@ def tars(tmp_path: Path) -> Path:
             members |= pair(f"{level:09d}", level)
         write_tar(folder / f"{shard:05d}.tar", members)
     return folder
-
-
-def stream(tars: Path | str, *flags: str) -> tuple[trainer.CaptionedImages, object]:
-    command = ["--pretrained_model_name_or_path", "x", "--train_data_dir", str(tars), "--streaming"]
-    command += ["--max_train_steps", "9", "--resolution", str(SIZE), "--train_batch_size", "2", "--center_crop"]
-    args = trainer.parse_args([*command, "--proportion_empty_prompts", "0", *flags])
-    return trainer.load_dataset(args, [tiny_pipeline().tokenizer]), args
 
 
 def levels(samples: list[dict[str, torch.Tensor]]) -> list[int]:

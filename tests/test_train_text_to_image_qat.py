@@ -16,38 +16,12 @@ import pytest
 import torch
 import torch.nn as nn
 from diffusers.training_utils import EMAModel
-from neural_compressor.torch.quantization import convert, prepare
+from neural_compressor.torch.quantization import convert
 from PIL import Image
 
 import train_text_to_image_qat as trainer
 from conftest import ROOT, SIZE, batch_of, run_command, tiny_pipeline, tiny_unet, training_in_process
-
-
-def parse(*flags: str):
-    return trainer.parse_args(["--pretrained_model_name_or_path", "x", "--dataset_name", "y", *flags])
-
-
-def prepared_unet(*flags: str) -> nn.Module:
-    torch.manual_seed(1)
-    unet = tiny_unet()
-    return prepare(unet, trainer.quantization_config(parse(*flags), unet))
-
-
-def unet_inputs(batch: int = 2, edge: int = SIZE // 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    noisy_latents = torch.randn(batch, 4, edge, edge, generator=generator)
-    return noisy_latents, torch.full((batch,), 500), torch.randn(batch, 77, 32, generator=generator)
-
-
-def calibrated_unet() -> nn.Module:
-    unet = prepared_unet()
-    trainer.set_mode(unet, "observe")
-    with torch.no_grad():
-        unet(*unet_inputs())
-    trainer.finish_calibration(unet)
-    trainer.set_mode(unet, "quantize")
-    return unet
-
+from models import calibrated_unet, parse, prepared_unet, unet_inputs
 
 # ---------------------------------------------------------------- quantizers
 
@@ -884,7 +858,7 @@ def test_validation_paints_teacher_and_student_side_by_side(train, tmp_path: Pat
     assert [path.name for path in pictures] == ["step-000001-prompt-0.png", "step-000001-prompt-1.png"]
     pixels = np.asarray(Image.open(pictures[0]), dtype=float)
     assert pixels.shape == (SIZE, 2 * SIZE, 3)
-    assert 0 < np.abs(pixels[:, :SIZE] - pixels[:, SIZE:]).mean() < 20  # nearly, not exactly, the same picture
+    assert 0 < np.abs(pixels[:, :SIZE] - pixels[:, SIZE:]).mean() < 2  # levels; it is 0.5
 
 
 def test_all_losses_can_be_used_in_bf16(train, tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def test_batch_of_nan_in_one_process_is_left_out_by_both(start, tmp_path: Path) 
 
 
 def test_streams_are_shared_by_two_processes(start, tmp_path: Path) -> None:
-    from test_streaming import pair as sample
-    from test_streaming import write_tar
+    from data import pair as sample
+    from data import write_tar
 
     for shard in range(2):
         levels = range(6 * shard, 6 * shard + 6)

@@ -15,9 +15,9 @@ from PIL import Image
 import create_metadata as cm
 import train_text_to_image_qat as trainer
 from conftest import SIZE, batch_of, tiny_pipeline, training_in_process
+from data import collect
 from dirty_corpus import GOOD, JPEG, Case, cases, pair_writer, put, write_all
-from test_create_metadata import collect
-from test_train_text_to_image_qat import parse
+from models import parse
 
 Run = Callable[..., dict]
 
