@@ -2,7 +2,7 @@
 """Quantization-aware training of Stable Diffusion's UNet, distilled from its full-precision self.
 
 Reads a Stable Diffusion 1.x, 2.x or XL checkpoint (a diffusers folder, a hub id or one .safetensors
-file) and a picture folder with the metadata.jsonl that create_metadata.py wrote. Writes
+file) and an image folder with the metadata.jsonl that create_metadata.py wrote. Writes
 OUTPUT_DIR/quant_model.pt: the UNet with int8 weights and activation ranges, about a quarter of its
 fp32 size; and training.png, which shows how it went.
 
@@ -969,7 +969,7 @@ def captions_of(value: Any, names: list[str] | None = None) -> list[str]:
     """
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
-    if value is None or value != value:  # NaN is how tables of numbers say that something is missing
+    if value is None or value != value:  # NaN marks missing values in tables
         return []
     if isinstance(value, bytes):
         value = decode(value)
@@ -990,7 +990,7 @@ def captions_of(value: Any, names: list[str] | None = None) -> list[str]:
 
 
 def decode(data: bytes) -> str:
-    """UTF-16 where it begins with that mark, else UTF-8, else what Windows calls ANSI."""
+    """Text in UTF-16 if it begins with a byte order mark, else in UTF-8, else in Windows-1252."""
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     for encoding in ("utf-16" if utf16 else "utf-8-sig", "cp1252"):
         with contextlib.suppress(UnicodeDecodeError):
@@ -999,7 +999,7 @@ def decode(data: bytes) -> str:
 
 
 def read_literal(text: str) -> list | dict | None:
-    """The list of texts or the dict with a caption that a text spells: tables are exported so."""
+    """A list of texts or a dict with a caption, where the text is its JSON or Python literal, as in exported tables."""
     if not re.match(r"\s*[\[{]\s*[\"']", text):
         return None
     for read in (json.loads, ast.literal_eval):
@@ -1015,7 +1015,7 @@ def read_literal(text: str) -> list | dict | None:
 
 
 def read_json(data: bytes) -> Any:
-    """A member of a tar; None where it is empty or damaged: a pair without a caption."""
+    """JSON of a tar's member; None, which means a pair without a caption, where it is empty or damaged."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -1025,19 +1025,19 @@ def read_json(data: bytes) -> Any:
 
 @dataclass
 class Columns:
-    """Where a dataset has pictures and captions: the first column that has one counts. COLUMN.KEY is a dict's entry."""
+    """Where a dataset has images and captions: the first column that has one counts. COLUMN.KEY is a dict's entry."""
 
     images: list[str]
     captions: list[str]
     class_names: list[str] | None = None  # of the captions, where they are class labels
 
     def names(self, columns: Iterable[str]) -> list[str]:
-        """All that have to be read, of these."""
+        """Those of `columns` that have to be read."""
         captions = [name if name in columns else name.partition(".")[0] for name in self.captions]
         return list(dict.fromkeys([*self.images, *captions]))
 
-    def picture(self, row: dict[str, Any]) -> Any:
-        """Unread, None where there is none."""
+    def image(self, row: dict[str, Any]) -> Any:
+        """The undecoded image of a row, or None."""
         return next((row[name] for name in self.images if row.get(name) is not None), None)
 
     def captions_in(self, row: dict[str, Any], where: str) -> list[str]:
@@ -1060,12 +1060,12 @@ class Columns:
 
 
 def named(names: Iterable[str], columns: Iterable[str]) -> list[str]:
-    """Those of the columns that are called so, in upper or lower case, in the order of the names."""
+    """The columns with these names, whatever their letter case, in the order of the names."""
     return [column for name in names for column in columns if str(column).lower() == name]
 
 
 def caption_columns(asked_for: str, columns: Iterable[str]) -> list[str]:
-    """Those that --caption_column means among these; several where it has its default."""
+    """The columns among these that --caption_column selects: several candidates by default, else the one it names."""
     if asked_for == "text":
         return named(CAPTION_COLUMNS, columns)
     return [asked_for] if asked_for in columns or asked_for.partition(".")[0] in columns else []
@@ -1075,7 +1075,7 @@ def caption_columns(asked_for: str, columns: Iterable[str]) -> list[str]:
 
 
 def find_metadata(path: Path) -> Path:
-    """The metadata file of a picture folder, or the file itself if that is what was given.
+    """The metadata file of an image folder, or the file itself if that is what was given.
 
     Raises:
         UsageError: there is none, or there are two; says what is there instead, and what to do.
@@ -1085,7 +1085,7 @@ def find_metadata(path: Path) -> Path:
             raise UsageError(f"{path} is neither a folder nor metadata: {instead_of_table(path)}")
         return path
     found = [path / name for name in METADATA_NAMES if (path / name).is_file()]
-    if len(found) == 1 or [file.suffix for file in found[1:]] == [".json"]:  # the last is somebody else's
+    if len(found) == 1 or [file.suffix for file in found[1:]] == [".json"]:  # the last of another program
         return found[0]
     problem = f"no metadata.jsonl; {instead_of_metadata(path)}"
     if found:
@@ -1101,7 +1101,7 @@ def instead_of_table(file: Path) -> str:
         return "unpack it, and give the folder that it makes"
     if file.suffix.lower() in (".xlsx", ".xls", ".ods"):
         return "save it as .csv, and give that"
-    return f"give the folder of the pictures, perhaps {file.parent}"
+    return f"give the folder of the images, perhaps {file.parent}"
 
 
 def instead_of_metadata(folder: Path) -> str:
@@ -1116,18 +1116,18 @@ def instead_of_metadata(folder: Path) -> str:
     if ".tar" in suffixes:
         return "tars are read with --streaming: add it"
     endings = Image.registered_extensions() | {".heic": ""}
-    pictures = {path.with_suffix("") for path in files if path.suffix.lower() in endings}
+    images = {path.with_suffix("") for path in files if path.suffix.lower() in endings}
     tables = [path for path in files if path.suffix.lower().startswith(TABLES[:-1])]
-    tables = [path for path in tables if path.with_suffix("") not in pictures]  # that is one picture's .json
+    tables = [path for path in tables if path.with_suffix("") not in images]  # those are of one image
     named = [path for path in tables if path.stem == "metadata"]
     if named or tables and not suffixes & {".txt", ".caption"}:
         table = (named or tables)[0]
-        if table.suffix == ".parquet" and not pictures:
-            return f"{table.name} is damaged, or has no column of pictures: img2dataset downloads those of URLs"
+        if table.suffix == ".parquet" and not images:
+            return f"{table.name} is damaged, or has no column of images: img2dataset downloads those of URLs"
         return f"are the captions in {table.name}? Then give that file: --train_data_dir {shlex.quote(str(table))}"
     archives = [path.name for path in files if path.suffix.lower() in ARCHIVES]
-    if not pictures:
-        return f"unpack {archives[0]} first" if archives else "and there are no pictures: is it the right folder?"
+    if not images:
+        return f"unpack {archives[0]} first" if archives else "and there are no images: is it the right folder?"
     return f"run python create_metadata.py --image_path {shlex.quote(str(folder))}"
 
 
@@ -1138,7 +1138,7 @@ def encoding_of(path: Path) -> str:
 
 
 def metadata_rows(path: Path, image_column: str) -> Iterator[Any]:
-    """The rows of Parquet, CSV (parted by commas, semicolons or tabs) or JSON: lines, an array, or see `json_rows`."""
+    """Rows of Parquet, CSV (separated by commas, semicolons or tabs) or JSON: lines, an array, or see `json_rows`."""
     if path.suffix.lower() == ".parquet":
         from pyarrow import parquet
 
@@ -1154,7 +1154,7 @@ def metadata_rows(path: Path, image_column: str) -> Iterator[Any]:
             return
         try:
             values = itertools.chain([json.loads(first)], (json.loads(line) for line in file if line.strip()))
-        except ValueError:  # no line of its own: an array, or objects of several lines
+        except ValueError:  # the first line is no whole value: an array, or objects of several lines
             values = json_values(first + file.read())
         for value in values:
             yield from [value] if isinstance(value, dict) and image_column in value else json_rows(value, image_column)
@@ -1198,7 +1198,7 @@ def read_metadata(folder: Path, image_column: str, caption_column: str) -> list[
     """(path, caption) of every row of the folder's metadata; a list of captions where there are several.
 
     Raises:
-        UsageError: there is no metadata, a row has no picture or no caption that can be read, or leaves the folder.
+        UsageError: there is no metadata, a row has no image or no caption that can be read, or leaves the folder.
     """
     path, rows, seen = find_metadata(folder), [], {}
     root, absolute, number = os.path.normpath(path.parent), os.path.abspath(path.parent), 0
@@ -1210,12 +1210,12 @@ def read_metadata(folder: Path, image_column: str, caption_column: str) -> list[
                 raise UsageError(f"{where} is a {kind_of(row)}, not an object with {image_column} and {caption_column}")
             if None in row:  # of csv's reader
                 raise UsageError(f"{where} has more fields than the header: put captions that hold commas into quotes")
-            if row and not any(row.values()):  # tables end with such rows
+            if row and not any(row.values()):  # exported tables end with blank rows
                 continue
             if row.keys() - seen.keys():
                 seen |= dict.fromkeys(row)
                 columns.captions = caption_columns(caption_column, seen)
-            file = picture_path(row, image_column, root, absolute, where)
+            file = image_path(row, image_column, root, absolute, where)
             captions = columns.captions_in(row, where)
             rows.append((file, captions if captions[1:] else "".join(captions)))
     except (ValueError, TypeError, AttributeError, RecursionError, csv.Error, OSError) as error:
@@ -1235,8 +1235,8 @@ def read_metadata(folder: Path, image_column: str, caption_column: str) -> list[
     return rows
 
 
-def picture_path(row: dict[str, Any], image_column: str, root: str, absolute: str, where: str) -> str:
-    """The path of a row's picture below `root`, whose absolute path is the other.
+def image_path(row: dict[str, Any], image_column: str, root: str, absolute: str, where: str) -> str:
+    """The path of a row's image below `root`, whose absolute path is the other.
 
     Raises:
         UsageError: the row names none, or one outside.
@@ -1256,12 +1256,12 @@ def picture_path(row: dict[str, Any], image_column: str, root: str, absolute: st
 
 
 def match_files(rows: list[tuple[str, Any]], folder: Path, remedy: str) -> list[tuple[str, Any]]:
-    """The rows, with the paths that the disk has where names differ in letter case or Unicode form, or lack the ending.
+    """The rows, with the paths on the disk where names differ in letter case or Unicode form, or lack the extension.
 
-    Windows and macOS take the former for the same, and kohya's metadata leaves the endings away.
+    Windows and macOS treat names that differ so as one file, and kohya's metadata leaves the extensions out.
 
     Raises:
-        UsageError: so many pictures are not there that training would stop for it.
+        UsageError: so many images are missing that training would stop.
     """
     names_in: dict[str, set[str]] = {}
 
@@ -1295,7 +1295,7 @@ def match_files(rows: list[tuple[str, Any]], folder: Path, remedy: str) -> list[
             f"{spelled[0][0]!r}: {spelled[0][1]!r} is used"
         )
     if gone:
-        problem = f"{len(gone)} of {len(rows)} pictures of the metadata are not there, first {gone[0]!r}"
+        problem = f"{len(gone)} of {len(rows)} images of the metadata are not there, first {gone[0]!r}"
         if len(gone) > MAX_BAD_SHARE * len(rows):
             raise UsageError(f"{problem}; {remedy}")
         logger.warning(problem)
@@ -1307,24 +1307,24 @@ def same_spelling(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-# ---------------------------------------------------------------- data: pictures
+# ---------------------------------------------------------------- data: images
 
 
-def read_picture(picture: Any) -> Image.Image:
-    """What a folder or a dataset has for a picture, as RGB: a path, bytes, a dict of both, or a picture already."""
-    if isinstance(picture, dict):
-        if picture.get("bytes") is None and "://" in str(picture.get("path")):  # on the hub, or inside of an archive
+def read_image(source: Any) -> Image.Image:
+    """An image as folders and datasets have it (a path, bytes, a dict of both, or a PIL image), decoded to RGB."""
+    if isinstance(source, dict):
+        if source.get("bytes") is None and "://" in str(source.get("path")):  # on the hub, or inside of an archive
             import datasets
 
-            return to_rgb(datasets.Image().decode_example(picture))
-        picture = picture.get("path") if picture.get("bytes") is None else picture["bytes"]
-    if isinstance(picture, Image.Image):
-        return to_rgb(picture)
-    if not isinstance(picture, (str, bytes)):
-        raise ValueError("there is no picture" if picture is None else f"a {kind_of(picture)} is no picture")
-    if isinstance(picture, str) and (len(picture) > 4000 or "://" in picture):
-        raise ValueError("a URL, not a picture: download it, by img2dataset say" if "://" in picture else "no path")
-    with io.BytesIO(picture) if isinstance(picture, bytes) else open(picture, "rb") as file:
+            return to_rgb(datasets.Image().decode_example(source))
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    if not isinstance(source, (str, bytes)):
+        raise ValueError("there is no image" if source is None else f"a {kind_of(source)} is no image")
+    if isinstance(source, str) and (len(source) > 4000 or "://" in source):
+        raise ValueError("a URL, not an image: download it, by img2dataset say" if "://" in source else "no path")
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         try:
             with Image.open(file, formats=IMAGE_FORMATS) as image:
                 return to_rgb(image)
@@ -1336,20 +1336,20 @@ def read_picture(picture: Any) -> Image.Image:
 def unread_format(head: bytes) -> str:
     """What a file is that no decoder takes, by its first bytes."""
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
-        return "a HEIC picture, which is read where pillow-heif is installed"
+        return "a HEIC image, which is read where pillow-heif is installed"
     if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        return "a JPEG XL picture, which is not read: convert it"
+        return "a JPEG XL image, which is not read: convert it"
     if head.startswith(LFS_START):
         return LFS_POINTER
-    return "no picture in a format that is read" if head else "an empty file"
+    return "no image in a format that is read" if head else "an empty file"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB as a viewer shows it: turned as its EXIF says, 16-bit grey rescaled, transparency on white."""
     image.load()
-    with contextlib.suppress(Exception):  # damaged EXIF data: in place, what could be turned stays turned
+    with contextlib.suppress(Exception):  # of damaged EXIF data; transposed in place, the image itself is kept
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":  # 16-bit grey; of 32-bit numbers nobody knows the range
+    if image.mode[0] in "IF":  # 16-bit grey; 32-bit images do not say which value is white
         levels = np.asarray(image, dtype=np.float32)
         white = 65535 if image.mode.startswith("I;16") or levels.max() > 255 else 255
         image = Image.fromarray((levels * (255 / white)).clip(0, 255).astype(np.uint8))
@@ -1366,7 +1366,7 @@ class CaptionedImages(Dataset):
     `rows` are (path, caption or captions), or a dataset's, of which `columns` says what is where.
     """
 
-    remedy = "mend them, or take them out of the data"  # where too many pictures cannot be read
+    remedy = "mend them, or take them out of the data"  # where too many images cannot be read
 
     def __init__(
         self, rows: Any, tokenizers: list[Any], args: argparse.Namespace, columns: Columns | None = None
@@ -1379,25 +1379,25 @@ class CaptionedImages(Dataset):
         return len(self.rows)
 
     def pair(self, row: int) -> tuple[Any, list[str]]:
-        """The picture, unread, and its captions."""
+        """The undecoded image, and its captions."""
         found = self.rows[row]
         if isinstance(found, tuple):
             return found[0], captions_of(found[1])
-        return self.columns.picture(found), self.columns.captions_in(found, f"row {row}")
+        return self.columns.image(found), self.columns.captions_in(found, f"row {row}")
 
     def micro_batches(self, numbers: range, args: argparse.Namespace) -> Iterable[list[tuple[int, int]]]:
         """Keys (epoch, row) of the micro-batches that one process works on."""
-        return MicroBatches(len(self), args.train_batch_size, args.seed, numbers)
+        return ResumableBatchSampler(len(self), args.train_batch_size, args.seed, numbers)
 
     def all_captions(self) -> Iterator[list[str]]:
-        """Of each pair, in the order of the rows; pictures are left alone."""
+        """Captions of each pair, in the order of the rows, without reading the images."""
         if self.columns is None:
             return (captions_of(captions) for _, captions in self.rows)
         rows = self.rows.select_columns([name for name in self.rows.column_names if name not in self.columns.images])
         return (self.columns.captions_in(found, f"row {row}") for row, found in enumerate(rows))
 
-    def substitute(self, row: int, draw: float, attempt: int) -> int:
-        """Another row, for one that cannot be read."""
+    def replacement_index(self, row: int, draw: float, attempt: int) -> int:
+        """Another row, in place of one that cannot be read."""
         return int(draw * len(self) + attempt * 7919) % len(self)
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
@@ -1408,8 +1408,8 @@ class CaptionedImages(Dataset):
             ids.append(tokenizer(converted, padding="max_length", truncation=True, return_tensors="pt").input_ids)
         return torch.stack(ids, dim=1)
 
-    def draws(self, epoch: int, row: int) -> list[float]:
-        """Between 0 and 1: for crop (x, y), flip, emptied caption, substitute, which of several captions."""
+    def augmentation_params(self, epoch: int, row: int) -> list[float]:
+        """Between 0 and 1: for crop (x, y), flip, emptied caption, replacement, which of several captions."""
         return torch.rand(6, generator=generator_for(self.seed, "sample", epoch, row)).tolist()
 
     def choose(self, captions: list[str], draws: list[float]) -> str:
@@ -1417,26 +1417,26 @@ class CaptionedImages(Dataset):
         return captions[int(draws[5] * len(captions))] if captions else ""
 
     def mirrored_and_emptied(self, draws: list[float]) -> tuple[bool, bool]:
-        """Whether the picture is mirrored, and its caption emptied."""
+        """Whether the image is flipped horizontally, and whether its caption is replaced by the empty one."""
         return self.random_flip and draws[2] < 0.5, draws[3] < self.proportion_empty_prompts
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         _, row = key
-        draws = self.draws(*key)
+        draws = self.augmentation_params(*key)
         mirrored, emptied = self.mirrored_and_emptied(draws)
         image, captions, replaced, failure = None, [], 0, ""
         while image is None and replaced < MAX_TRIES:
-            picture = None
+            source = None
             try:
-                picture, captions = self.pair(row)
-                image = read_picture(picture)
-            except UsageError:  # a caption that is none, or the stream has ended
+                source, captions = self.pair(row)
+                image = read_image(source)
+            except UsageError:  # an unusable caption, or a stream without a readable pair
                 raise
             except Exception as error:  # Pillow's decoders raise about ten kinds; it costs one sample, not the run
                 reason = getattr(error, "strerror", None) or first_line(error)
-                failure = failure or f"{picture_name(picture, row)}: {reason}"
+                failure = failure or f"{image_name(source, row)}: {reason}"
                 replaced += 1
-                row = self.substitute(row, draws[4], replaced)
+                row = self.replacement_index(row, draws[4], replaced)
         image = image or Image.new("RGB", (1, 1))  # never trained with: RunMonitor ends the run
         position = (0.5, 0.5) if self.center_crop else (draws[0], draws[1])
         pixels, time_ids = crop_to_square(image, self.resolution, position, mirrored)
@@ -1453,8 +1453,8 @@ class CaptionedImages(Dataset):
         }
 
 
-def picture_name(picture: Any, row: int) -> str:
-    name = picture.get("path") if isinstance(picture, dict) else picture
+def image_name(source: Any, row: int) -> str:
+    name = source.get("path") if isinstance(source, dict) else source
     return name if isinstance(name, str) and len(name) < 1000 else f"row {row}"
 
 
@@ -1463,8 +1463,8 @@ def crop_to_square(
 ) -> tuple[Image.Image, list[int]]:
     """Scale the shorter edge to `size`, and cut a square at `position` (0..1 of the room there is).
 
-    Also what SDXL is told of that (arXiv 2307.01952, section 2.2): height and width of the picture as it was; top and
-    left of the square in the scaled picture, mirrored where the square is; height and width of the square.
+    Also SDXL's size and crop conditioning (arXiv 2307.01952, section 2.2): height and width of the original image; top
+    and left of the square in the scaled image, or in its mirror image; height and width of the square.
     """
     scale = size / min(image.size)
     width, height = (max(size, round(edge * scale)) for edge in image.size)
@@ -1479,15 +1479,15 @@ def crop_to_square(
 class StreamedImages(CaptionedImages):
     """Pairs of a stream (`rows`), which is read in order and without end.
 
-    Every data worker of every process reads a lane of its own: of all files, in an order of the seed, epoch after
-    epoch, lane l reads numbers l, l + lanes, ... Micro-batch m takes its samples from lane m % lanes, so that the
-    place of a sample is a function of m: a resumed run reads over what was used, without decoding it.
-    A row is a place in a lane, times the number of lanes, plus the lane.
+    There are R readers, one for each data worker of each process. Each epoch has a permutation of the files, drawn from
+    the seed; of these permutations, joined end to end, reader r visits files r, r + R, r + 2R, ... Micro-batch m comes
+    from reader m % R, so that the position of a sample is a function of m alone, and a resumed run skips ahead without
+    decoding. A row is the position in a reader's pairs, times R, plus the reader.
     """
 
     def __init__(self, rows: Any, tokenizers: list[Any], args: argparse.Namespace, columns: Columns) -> None:
         super().__init__(rows, tokenizers, args, columns)
-        self.lanes = self.parts = 1  # where lanes are more than files, each reads one part of a file
+        self.readers = self.parts = 1  # of more readers than files, each reads every so many-th pair of a file
         first = itertools.islice(self.pairs(0, passes=1), STREAM_BLOCK)
         self.first_captions = [captions for _, captions in first]
         if not any(self.first_captions):
@@ -1499,18 +1499,18 @@ class StreamedImages(CaptionedImages):
         self.reading: dict[int, tuple[Iterator, deque]] = {}
 
     def all_captions(self) -> Iterator[list[str]]:
-        """Of the first pairs; nobody knows how many there are."""
+        """Captions of the first pairs, as the length of a stream is not known."""
         return iter(self.first_captions)
 
-    def pairs(self, lane: int, passes: float = math.inf) -> Iterator[tuple[Any, list[str]]]:
-        """The lane's (unread picture, captions) pairs, without end; a damaged file costs what is left of it."""
-        files, turn, barren = self.rows.num_shards, lane, set()
-        while len(barren) < files * self.parts and turn < passes * files * self.parts:
-            epoch, at = divmod(turn, files * self.parts)
+    def pairs(self, reader: int, passes: float = math.inf) -> Iterator[tuple[Any, list[str]]]:
+        """The reader's (undecoded image, captions) pairs, without end; the rest of a damaged file is left out."""
+        files, visit, empty_files = self.rows.num_shards, reader, set()
+        while len(empty_files) < files * self.parts and visit < passes * files * self.parts:
+            epoch, at = divmod(visit, files * self.parts)
             order = torch.randperm(files * self.parts, generator=generator_for(self.seed, "files", epoch))
             file, part = divmod(int(order[at]), self.parts)
-            turn += self.lanes
-            barren.add((file, part))  # until it gives a pair
+            visit += self.readers
+            empty_files.add((file, part))  # until a pair is found in it
             name = self.rows.files[file] if isinstance(self.rows, Tars) else f"file {file} of the stream"
             shard, without = self.rows.shard(num_shards=files, index=file), 0
             try:
@@ -1519,37 +1519,37 @@ class StreamedImages(CaptionedImages):
                     generator = generator_for(self.seed, "block", epoch, file, part, number)
                     for index in torch.randperm(len(pairs), generator=generator).tolist():
                         pair, where = pairs[index], f"{name}, pair {number * STREAM_BLOCK + part + index * self.parts}"
-                        picture = self.columns.picture(pair)
-                        if picture is not None:
-                            barren.discard((file, part))
-                            yield picture, self.columns.captions_in(pair, where)
-                        without += picture is None
+                        image = self.columns.image(pair)
+                        if image is not None:
+                            empty_files.discard((file, part))
+                            yield image, self.columns.captions_in(pair, where)
+                        without += image is None
             except UsageError:
                 raise
             except Exception as error:  # a damaged file fails in many ways
                 logger.error(f"left out the rest of {name}: {first_line(error)}")
             if without:
-                logger.warning(f"left out {without} rows of {name} that have no picture")
-        if len(barren) == files * self.parts:
+                logger.warning(f"left out {without} rows of {name} that have no image")
+        if len(empty_files) == files * self.parts:
             raise UsageError("no file of the stream holds a pair that can be read")
 
     def pair(self, row: int) -> tuple[Any, list[str]]:
-        place, lane = divmod(row, self.lanes)
-        pairs, latest = self.reading.setdefault(lane, (enumerate(self.pairs(lane)), deque(maxlen=32)))
-        while not latest or latest[-1][0] < place:
+        position, reader = divmod(row, self.readers)
+        pairs, latest = self.reading.setdefault(reader, (enumerate(self.pairs(reader)), deque(maxlen=32)))
+        while not latest or latest[-1][0] < position:
             latest.append(next(pairs))
-        return latest[place - latest[-1][0] - 1][1]
+        return latest[position - latest[-1][0] - 1][1]
 
     def micro_batches(self, numbers: range, args: argparse.Namespace) -> Iterable[list[tuple[int, int]]]:
-        self.reading.clear()  # the lanes may be others, and may begin earlier
-        self.lanes = numbers.step * max(1, args.dataloader_num_workers)  # the step is the number of processes
-        self.parts = math.ceil(self.lanes / self.rows.num_shards)
+        self.reading.clear()  # there may be another number of readers, and earlier positions
+        self.readers = numbers.step * max(1, args.dataloader_num_workers)  # the step is the number of processes
+        self.parts = math.ceil(self.readers / self.rows.num_shards)
         size = args.train_batch_size
-        places = ((number // self.lanes * size, number % self.lanes) for number in numbers)
-        return ([(0, (place + at) * self.lanes + lane) for at in range(size)] for place, lane in places)
+        starts = ((number // self.readers * size, number % self.readers) for number in numbers)
+        return ([(0, (start + at) * self.readers + reader) for at in range(size)] for start, reader in starts)
 
-    def substitute(self, row: int, draw: float, attempt: int) -> int:
-        return row + self.lanes  # the next one of the lane, which comes again in its turn
+    def replacement_index(self, row: int, draw: float, attempt: int) -> int:
+        return row + self.readers  # the reader's next pair, which is also used at its own position
 
 
 def tar_files(path: Path) -> list[str]:
@@ -1564,7 +1564,7 @@ def tar_files(path: Path) -> list[str]:
         files = [str(path)] if path.exists() else sorted(glob.glob(str(path))) or [str(path)]
     missing = [file for file in files if not os.path.isfile(file)]
     if missing or not files:
-        problem = f"no {missing[0]}" if missing else "holds no .tar; a picture folder needs no --streaming"
+        problem = f"no {missing[0]}" if missing else "holds no .tar; an image folder needs no --streaming"
         below = sorted(file.parent for file in path.glob("*/*.tar")) if not missing else []
         raise UsageError(f"--train_data_dir {path}: {f'the tars are in {below[0]}: give that' if below else problem}")
     other = next((file for file in files if not file.lower().endswith(TARS)), None)
@@ -1578,14 +1578,14 @@ def tar_files(path: Path) -> list[str]:
 
 @dataclass
 class Tars:
-    """Rows of tars in webdataset's format: neighbours of one name are a row, and what follows the name is the column.
+    """Rows of tars in webdataset's format: consecutive members of one name are a row, their extensions the columns.
 
     As in the datasets library, each file is a shard. A name ends at its first dot or, `dotted`, at its last.
     """
 
     files: list[str]
     columns: list[str]
-    images: list[str]  # those of the columns that hold pictures
+    images: list[str]  # those of the columns that hold images
     dotted: bool
 
     @property
@@ -1602,7 +1602,7 @@ class Tars:
             try:
                 with tarfile.open(file) as tar:
                     for member in tar:
-                        tar.members = []  # it would keep them all
+                        tar.members = []  # tarfile would keep every member's header in memory
                         key, column = split_name(member.name, self.dotted)
                         if column not in self.columns or not member.isfile():
                             continue
@@ -1641,17 +1641,18 @@ def open_tars(args: argparse.Namespace) -> tuple[Tars, Columns]:
     dotted = count_pairs(names, True, args) > count_pairs(names, False, args)
     found = list(dict.fromkeys(column for name in names if (column := split_name(name, dotted)[1])))
     try:
-        columns = find_columns(dict.fromkeys(found), args) if names else Columns(["jpg"], ["txt"])  # reading says it
+        # if no tar can be read, any columns do: the errors are logged when the stream is read
+        columns = find_columns(dict.fromkeys(found), args) if names else Columns(["jpg"], ["txt"])
     except UsageError as error:
         where = f", the columns of the first {len(names)} members of {file}"
-        raise UsageError(f"{error}{where}: each caption must be next to its picture") from error
-    if args.image_column is None:  # other tars may have others
+        raise UsageError(f"{error}{where}: each caption must be next to its image") from error
+    if args.image_column is None:  # other tars may have other extensions
         columns.images = list(dict.fromkeys([*columns.images, *IMAGE_COLUMNS]))
     return Tars(files, columns.names(found), columns.images, dotted), columns
 
 
 def first_members(file: str) -> list[str]:
-    """The names of up to 1000 files in a tar, fewer or none if it is damaged, which reading it says."""
+    """Names of the first 1000 members of a tar; fewer if it is damaged, which is logged when it is read."""
     names: list[str] = []
     with contextlib.suppress(OSError, EOFError, zlib.error, tarfile.TarError), tarfile.open(file) as tar:
         for member in itertools.islice(tar, 1000):
@@ -1660,15 +1661,13 @@ def first_members(file: str) -> list[str]:
 
 
 def count_pairs(names: list[str], dotted: bool, args: argparse.Namespace) -> int:
-    """How many keys have a picture and a caption."""
+    """How many keys (samples) have an image and a caption."""
     columns: dict[str, list[str]] = {}
     for name in names:
         key, column = split_name(name, dotted)
         columns.setdefault(key, []).append(column)
-    pictures = [args.image_column] if args.image_column else IMAGE_COLUMNS
-    return sum(
-        bool(named(pictures, found) and caption_columns(args.caption_column, found)) for found in columns.values()
-    )
+    images = [args.image_column] if args.image_column else IMAGE_COLUMNS
+    return sum(bool(named(images, found) and caption_columns(args.caption_column, found)) for found in columns.values())
 
 
 def load_dataset(args: argparse.Namespace, tokenizers: list[Any]) -> CaptionedImages:
@@ -1678,7 +1677,7 @@ def load_dataset(args: argparse.Namespace, tokenizers: list[Any]) -> CaptionedIm
         rows = read_metadata(path, args.image_column or "file_name", args.caption_column)[: args.max_train_samples]
         folder, remedy = path.parent if path.is_file() else path, None
         if (folder / ".create_metadata.sha256").is_file():
-            remedy = f"run create_metadata.py --image_path {folder} --overwrite, which leaves such pictures out"
+            remedy = f"run create_metadata.py --image_path {folder} --overwrite, which leaves such images out"
         rows = match_files(rows, folder, remedy or f"names are looked for from {folder}: move the metadata or mend it")
         dataset = CaptionedImages(rows, tokenizers, args)
         dataset.remedy = remedy or dataset.remedy
@@ -1686,13 +1685,13 @@ def load_dataset(args: argparse.Namespace, tokenizers: list[Any]) -> CaptionedIm
         rows, columns = load_rows(args)
         kind = StreamedImages if args.streaming else CaptionedImages
         dataset = kind(rows, tokenizers, args, columns)
-    size = f"streaming from {dataset.rows.num_shards} files" if args.streaming else f"{len(dataset)} captioned pictures"
+    size = f"streaming from {dataset.rows.num_shards} files" if args.streaming else f"{len(dataset)} captioned images"
     logger.info(size)
     return dataset
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether it is a dataset of the datasets library: `save_to_disk`, or Parquet files with pictures, or one file."""
+    """Whether it is a dataset of the datasets library: `save_to_disk`, or Parquet files with images, or one file."""
     if path.suffix == ".arrow" or (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return True
     files = sorted(file for pattern in ("*.parquet", "data/*.parquet") for file in path.glob(pattern))
@@ -1703,20 +1702,20 @@ def is_saved_dataset(path: Path) -> bool:
 
     if is_lfs_pointer(files[0]):
         raise UsageError(f"{files[0]} is {LFS_POINTER}")
-    try:  # img2dataset leaves Parquet files without pictures beside those that it has downloaded
+    try:  # img2dataset leaves Parquet files without images beside those that it has downloaded
         return not set(IMAGE_COLUMNS).isdisjoint(parquet.read_schema(files[0]).names)
     except (OSError, ValueError):
         return False
 
 
 def load_rows(args: argparse.Namespace) -> tuple[Any, Columns]:
-    """Rows of tars or of a dataset of the datasets library, pictures unread; and which columns hold what."""
+    """Rows of tars or of a dataset of the datasets library, images unread; and which columns hold what."""
     given = args.train_data_dir if args.dataset_name is None else args.dataset_name
     if args.dataset_name is None and not is_saved_dataset(given):
         return open_tars(args)
-    import datasets  # only here: a folder needs none of it
+    import datasets  # only here: a folder with metadata does not need it
 
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it says of files, the error says
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # the error below says what it would log of files
     path, given = Path(given), f"--{'train_data_dir' if args.dataset_name is None else 'dataset_name'} {given}"
     check_data_files(path, given)
     options: dict[str, Any] = {"cache_dir": args.cache_dir, "streaming": args.streaming}
@@ -1741,22 +1740,22 @@ def load_rows(args: argparse.Namespace) -> tuple[Any, Columns]:
             rows = rows.cast_column(name, datasets.Image(decode=False))
     rows = rows.select_columns(columns.names(features))
     if not args.streaming:
-        rows = with_pictures(rows, columns)
+        rows = with_images(rows, columns)
         return rows.select(range(min(len(rows), args.max_train_samples or len(rows)))), columns
     return rows if hasattr(rows, "num_shards") else rows.to_iterable_dataset(num_shards=len(rows.cache_files)), columns
 
 
-def with_pictures(rows: Any, columns: Columns) -> Any:
-    """The rows that have a picture: img2dataset's Parquet files keep those that it could not download, too."""
+def with_images(rows: Any, columns: Columns) -> Any:
+    """The rows that have an image: img2dataset's Parquet files keep those that it could not download, too."""
     there = np.any([np.asarray(rows.data.column(name).is_valid()) for name in columns.images], axis=0)
-    if there.all() or rows._indices is not None:  # those of a selection: reading them says so
+    if there.all() or rows._indices is not None:  # of a selection: missing images are counted when they are read
         return rows
-    logger.warning(f"left out {int((~there).sum())} of {len(rows)} rows, which have no picture")
+    logger.warning(f"left out {int((~there).sum())} of {len(rows)} rows, which have no image")
     return rows.select(np.flatnonzero(there))
 
 
 def check_data_files(path: Path, given: str) -> None:
-    """The library reads pointers of Git LFS as if they were data, and looks on the hub for paths that are nowhere.
+    """The datasets library reads Git LFS pointers as data, and looks for missing local paths on the hub.
 
     Raises:
         UsageError: names the file and what to do.
@@ -1766,7 +1765,7 @@ def check_data_files(path: Path, given: str) -> None:
     ):
         raise UsageError(f"{given}: no such file or folder, and no name on the hub, such as owner/name")
     if path.is_file() and path.suffix not in (".parquet", ".arrow"):
-        remedy = "a picture folder needs no --streaming" if path.suffix.startswith(TABLES) else instead_of_table(path)
+        remedy = "an image folder needs no --streaming" if path.suffix.startswith(TABLES) else instead_of_table(path)
         raise UsageError(f"{given} is no dataset: {remedy}")
     files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
     for file in files:
@@ -1775,7 +1774,7 @@ def check_data_files(path: Path, given: str) -> None:
 
 
 def choose_split(splits: dict[str, Any], given: str) -> str:
-    """train; or, with a warning, the split that is likeliest to be meant."""
+    """The split named train; without one, the split that is most likely meant, with a warning."""
     likely = sorted(splits, key=lambda name: (not name.startswith("train"), not name.startswith(("val", "dev")), name))
     if likely[0] != "train":
         logger.warning(f"{given} has no split train, only {listed(splits)}: {likely[0]} is used")
@@ -1783,21 +1782,21 @@ def choose_split(splits: dict[str, Any], given: str) -> str:
 
 
 def find_columns(features: dict[str, Any], args: argparse.Namespace) -> Columns:
-    """The columns of the pictures (tars have one for each extension) and of the captions.
+    """The columns with images (in tars, one for each extension) and with captions.
 
     Raises:
-        UsageError: there are none of these names.
+        UsageError: there are no such columns.
     """
-    pictures = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    by_type = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     images = [args.image_column] if args.image_column else named(IMAGE_COLUMNS, features)
-    images = images or (pictures if len(pictures) == 1 else [])
+    images = images or (by_type if len(by_type) == 1 else [])
     captions = caption_columns(args.caption_column, features)
     for flag, name, found in (
         ("image", args.image_column or "image", images and images[0] in features),
         ("caption", args.caption_column, captions),
     ):
         if not found:
-            urls = "; the pictures of URLs have to be downloaded first, by img2dataset say"
+            urls = "; the images of URLs have to be downloaded first, by img2dataset say"
             hint = urls if flag == "image" and any("url" in str(column).lower() for column in features) else ""
             raise UsageError(f"--{flag}_column {name} is none of {listed(features)}{hint}")
     feature = features[captions[0]] if captions[0] in features else None
@@ -1805,10 +1804,10 @@ def find_columns(features: dict[str, Any], args: argparse.Namespace) -> Columns:
 
 
 def describe_captions(dataset: CaptionedImages, args: argparse.Namespace) -> None:
-    """Say what the captions look like, before hours go into them.
+    """Log how many captions are missing or will be cut, before hours go into training on them.
 
     Raises:
-        UsageError: not one of the pairs that were looked at has a caption.
+        UsageError: none of the first pairs has a caption.
     """
     pairs = list(itertools.islice(dataset.all_captions(), CAPTIONS_LOOKED_AT))
     captions, missing = [caption for found in pairs for caption in found], sum(not found for found in pairs)
@@ -1827,13 +1826,13 @@ def describe_captions(dataset: CaptionedImages, args: argparse.Namespace) -> Non
         if len(tokenizer(prompt).input_ids) > length:
             logger.warning(f"--validation_prompts: {prompt[:60]!r}... is longer than the {length} tokens that are read")
     for key in itertools.chain.from_iterable(dataset.micro_batches(range(16), args)):
-        draws, (_, captions) = dataset.draws(*key), dataset.pair(key[1])
+        draws, (_, captions) = dataset.augmentation_params(*key), dataset.pair(key[1])
         if captions and not dataset.mirrored_and_emptied(draws)[1]:
             logger.info(f"the first one in training: {dataset.choose(captions, draws)[:200]!r}")
             return
 
 
-class MicroBatches(Sampler):
+class ResumableBatchSampler(Sampler):
     """Keys (epoch, row) of every micro-batch of one process, epochs joined end to end.
 
     Micro-batch m of the run holds samples m*B .. m*B+B-1 of that stream, whichever process works on it:
@@ -1972,7 +1971,7 @@ class CachedLatents(Dataset):
         self.micro_batches = dataset.micro_batches
 
     def file(self, key: tuple[int, int]) -> Path:
-        draws = self.dataset.draws(*key)
+        draws = self.dataset.augmentation_params(*key)
         mirrored, emptied = self.dataset.mirrored_and_emptied(draws)
         captions = [] if emptied else self.dataset.pair(key[1])[1]
         chosen = f"-caption{int(draws[5] * len(captions))}" if len(captions) > 1 else ""
@@ -2530,7 +2529,7 @@ class RunMonitor:
         deviation = math.sqrt(MAX_BAD_SHARE * (1 - MAX_BAD_SHARE) * self.samples)
         too_many = self.samples >= 40 and self.replaced > MAX_BAD_SHARE * self.samples + 4 * deviation
         if too_many or (replaced >= MAX_TRIES).any():
-            message = f"{self.replaced} of {self.samples} pictures could not be read, first {self.first_failure}"
+            message = f"{self.replaced} of {self.samples} images could not be read, first {self.first_failure}"
             raise UsageError(f"{message}; {self.remedy}")
 
     def is_finite(self, gradient_norm: torch.Tensor) -> bool:
@@ -2554,9 +2553,9 @@ class RunMonitor:
         counts = torch.tensor([self.replaced, self.captionless], device=accelerator.device)
         replaced, captionless = accelerator.reduce(counts, reduction="sum").tolist()
         if replaced:
-            logger.warning(f"{replaced} unreadable pictures replaced, first {self.first_failure}")
+            logger.warning(f"{replaced} unreadable images replaced, first {self.first_failure}")
         if captionless:
-            logger.warning(f"{captionless} pictures had no caption")
+            logger.warning(f"{captionless} images had no caption")
         if self.bad_steps:
             logger.warning(f"{self.bad_steps} non-finite steps left out")
 

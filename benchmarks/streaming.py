@@ -140,7 +140,7 @@ def start_on_folder(folder: Path, rows: int) -> dict:
             file.write(json.dumps(line) + "\n")
     began = time.perf_counter()
     pairs = trainer.read_metadata(folder, "file_name", "text")
-    next(iter(trainer.MicroBatches(len(pairs), 4, 0, range(1))))
+    next(iter(trainer.ResumableBatchSampler(len(pairs), 4, 0, range(1))))
     return {"what": "start on a picture folder", "samples": rows, "seconds": round(time.perf_counter() - began, 2)}
 
 

@@ -201,7 +201,7 @@ def test_captions_are_described_before_the_training(train, tmp_path: Path, data_
     caplog.set_level("INFO")
     train(tmp_path / "out", "--train_data_dir", str(folder), "--num_train_epochs", "2")
     told = "captions of the 3 pairs: 1 missing, 1 cut, being longer than the 77 tokens that the text encoder reads"
-    assert told in caplog.text and re.search("[23] pictures had no caption", caplog.text)
+    assert told in caplog.text and re.search("[23] images had no caption", caplog.text)
     assert re.search("the first one in training: '(short|long long .*)'", caplog.text)
 
 
@@ -317,7 +317,7 @@ def test_captions_that_are_not_next_to_their_pictures(tmp_path: Path, texts_firs
     ):
         stream(tar_with(tmp_path / "few/0.tar", *names))
     names = [f"{n}.png" for n in range(1001)]
-    with pytest.raises(trainer.UsageError, match="first 1000 members of .*: each caption must be next to its picture"):
+    with pytest.raises(trainer.UsageError, match="first 1000 members of .*: each caption must be next to its image"):
         stream(tar_with(tmp_path / "many/0.tar", *names, "0.txt"))
 
 
@@ -479,7 +479,7 @@ def test_a_pointer_of_git_lfs_in_a_dataset_is_named(tmp_path: Path, name: str, s
         ("gone.csv", "no such file or folder"),
         ("https://huggingface.co/datasets/owner/name", "no name on the hub, such as owner/name"),
         ("{}/gone", "no such file or folder"),
-        ("{}/urls", "--image_column image is none of URL, TEXT; the pictures of URLs have to be downloaded first"),
+        ("{}/urls", "--image_column image is none of URL, TEXT; the images of URLs have to be downloaded first"),
         ("{}/configs", "Config name is missing. Give it by --dataset_config_name"),
         ("{}/mixed", "Couldn't cast one of its files to the columns of another"),
     ],
@@ -520,9 +520,7 @@ def test_rows_that_img2dataset_could_not_download_are_left_out_and_counted(
     assert sorted(dataset.all_captions()) == [["0"], ["2"]]
     keys = itertools.chain.from_iterable(dataset.micro_batches(range(4), args))
     assert not any(dataset[key]["replaced"] for key in keys)
-    told = (
-        "left out 2 rows of file 0 of the stream that have no picture" if streaming else "left out 2 of 4 rows, which"
-    )
+    told = "left out 2 rows of file 0 of the stream that have no image" if streaming else "left out 2 of 4 rows, which"
     assert told in caplog.text
 
 
@@ -592,7 +590,7 @@ def test_a_file_may_be_given_in_the_place_of_its_folder(tmp_path: Path, name: st
         ("0.tar", "train on it by --streaming --max_train_steps N --train_data_dir {}/0.tar"),
         ("pairs.zip", "unpack it, and give the folder that it makes"),
         ("captions.xlsx", "save it as .csv, and give that"),
-        ("a.jpg", "give the folder of the pictures, perhaps {}"),
+        ("a.jpg", "give the folder of the images, perhaps {}"),
     ],
 )
 def test_a_file_that_is_no_metadata_gets_its_remedy(tmp_path: Path, flag: str, name: str, message: str) -> None:
@@ -637,8 +635,8 @@ def test_a_name_that_fits_two_files_is_not_guessed_and_missing_ones_are_counted(
     names = ["two.jpg", "gone.jpg", *(f"{n}.jpg" for n in range(18))]
     write_rows(tmp_path, [{"file_name": name, "text": "a"} for name in names])
     trainer.load_dataset(parse_folder(tmp_path), [tiny_pipeline().tokenizer])
-    assert f"2 of 20 pictures of the metadata are not there, first '{tmp_path}/two.jpg'" in caplog.text
-    message = f"2 of 19 pictures of the metadata are not there, first .*; names are looked for from {tmp_path}: move"
+    assert f"2 of 20 images of the metadata are not there, first '{tmp_path}/two.jpg'" in caplog.text
+    message = f"2 of 19 images of the metadata are not there, first .*; names are looked for from {tmp_path}: move"
     with pytest.raises(trainer.UsageError, match=message):
         trainer.load_dataset(parse_folder(tmp_path, "--max_train_samples", "19"), [tiny_pipeline().tokenizer])
 
@@ -681,12 +679,12 @@ def test_somebody_elses_metadata_json_does_not_count_beside_a_jsonl(tmp_path: Pa
         (["a.jpg", "a.json", "b.jpg", "b.json"], ".", "run python create_metadata.py"),
         (["train/state.json", "test/state.json"], ".", "it is in {}/test, {}/train: give that folder"),
         (["pairs.zip"], ".", "unpack pairs.zip first"),
-        (["0.parquet"], ".", "0.parquet is damaged, or has no column of pictures: img2dataset downloads those of URLs"),
+        (["0.parquet"], ".", "0.parquet is damaged, or has no column of images: img2dataset downloads those of URLs"),
         (["captions.csv", "a.jpg", "a.txt"], ".", "run python create_metadata.py"),
         (["00000.parquet", "00000/a.jpg", "00000/a.txt", "00000_stats.json"], ".", "run python create_metadata.py"),
         (["a.jpg"], ".", "run python create_metadata.py --image_path"),
         (["00000.tar"], ".", "add it"),
-        (["readme.md"], ".", "there are no pictures: is it the right folder?"),
+        (["readme.md"], ".", "there are no images: is it the right folder?"),
     ],
 )
 def test_what_is_there_instead_of_metadata_is_named(tmp_path: Path, files: list[str], given: str, message: str) -> None:
@@ -733,7 +731,7 @@ def test_the_first_picture_that_fails_is_named_with_its_own_error(
     with pytest.raises(trainer.UsageError) as refused:
         train(tmp_path / "out", "--train_data_dir", str(tmp_path), "--max_train_steps", "60")
     message = str(refused.value)
-    assert "jpg: a HEIC picture, which is read where pillow-heif is installed; " in message and remedy in message
+    assert "jpg: a HEIC image, which is read where pillow-heif is installed; " in message and remedy in message
     assert ("--overwrite" in message) is mine
 
 
@@ -749,27 +747,27 @@ def png_with_text(size: int) -> bytes:
 
 @pytest.mark.parametrize("megabytes", [3, 30])
 def test_a_sound_png_with_megabytes_of_text_is_used(megabytes: int) -> None:
-    assert trainer.read_picture(png_with_text(megabytes << 20)).getpixel((0, 0)) == (7, 7, 7)
+    assert trainer.read_image(png_with_text(megabytes << 20)).getpixel((0, 0)) == (7, 7, 7)
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"\xff\x0a" + bytes(99), "a JPEG XL picture"),
-        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "a JPEG XL picture"),
+        (b"\xff\x0a" + bytes(99), "a JPEG XL image"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "a JPEG XL image"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
         (b"", "an empty file"),
-        (b"no picture", "no picture in a format that is read"),
-        (None, "there is no picture"),
-        ({"bytes": None, "path": None}, "there is no picture"),
-        ([1, 2], "a list is no picture"),
-        ("https://example.org/a.jpg", "a URL, not a picture"),
+        (b"no picture", "no image in a format that is read"),
+        (None, "there is no image"),
+        ({"bytes": None, "path": None}, "there is no image"),
+        ([1, 2], "a list is no image"),
+        ("https://example.org/a.jpg", "a URL, not an image"),
         ("/9j/" * 5000, "no path"),
     ],
 )
 def test_what_is_no_picture_is_named(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        trainer.read_picture(data)
+        trainer.read_image(data)
 
 
 def test_a_picture_may_come_in_any_form(tmp_path: Path) -> None:
@@ -777,4 +775,4 @@ def test_a_picture_may_come_in_any_form(tmp_path: Path) -> None:
     forms = [str(tmp_path / "a.png"), picture(9), {"bytes": picture(9), "path": "gone.png"}]
     forms += [{"bytes": None, "path": str(tmp_path / "a.png")}, Image.open(tmp_path / "a.png")]
     for form in forms:
-        assert trainer.read_picture(form).getpixel((0, 0)) == (9, 9, 9)
+        assert trainer.read_image(form).getpixel((0, 0)) == (9, 9, 9)

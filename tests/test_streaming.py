@@ -105,7 +105,7 @@ def test_damage_costs_the_damaged_part_only(tars: Path, caplog: pytest.LogCaptur
     samples = [dataset[key] for batch in dataset.micro_batches(range(8), args) for key in batch]
     assert set(levels(samples)) == {*range(PER_TAR, 3 * PER_TAR), 101, 103}
     assert {sample["failure"].split(":")[0] for sample in samples} == {"", "b.png"}
-    assert f"left out 1 rows of {tars}/00004.tar that have no picture" in caplog.text  # c.txt
+    assert f"left out 1 rows of {tars}/00004.tar that have no image" in caplog.text  # c.txt
     assert {record.message.split(":")[0] for record in caplog.records if record.levelname == "ERROR"} == {
         f"left out the rest of {tars}/00000.tar",
         f"left out the rest of {tars}/00003.tar",
@@ -216,7 +216,7 @@ def test_metadata_of_100000_pictures_is_read_in_seconds(tmp_path: Path) -> None:
             file.write(json.dumps({"file_name": name, "text": f"a caption of usual length, number {row}"}) + "\n")
     began = time.process_time()
     rows = trainer.read_metadata(tmp_path, "file_name", "text")
-    keys = next(iter(trainer.MicroBatches(len(rows), 4, 0, range(10))))
+    keys = next(iter(trainer.ResumableBatchSampler(len(rows), 4, 0, range(10))))
     seconds = time.process_time() - began
     assert len(rows) == 100_000 and len(keys) == 4
     assert seconds < 5  # 0.6 s on an idle core

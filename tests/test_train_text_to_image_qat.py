@@ -399,7 +399,7 @@ def test_center_crop_takes_the_middle() -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "there are no pictures: is it the right folder"),
+        ({}, "there are no images: is it the right folder"),
         ({"a.jpg": "", "a.txt": ""}, "run python create_metadata.py"),
         ({"metadata.jsonl": "{}", "metadata.csv": ""}, "delete one"),
         ({"00000.tar": ""}, "--streaming"),
@@ -426,7 +426,7 @@ def test_csv_captions_stay_text(tmp_path: Path) -> None:
 
 def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed() -> None:
     def rows(seed: int, numbers: range) -> list[tuple[int, int]]:
-        return [key for batch in trainer.MicroBatches(11, 2, seed, numbers) for key in batch]
+        return [key for batch in trainer.ResumableBatchSampler(11, 2, seed, numbers) for key in batch]
 
     whole = rows(0, range(11))  # 22 samples: two epochs
     assert sorted(row for epoch, row in whole if epoch == 0) == list(range(11))
@@ -455,9 +455,9 @@ def test_too_many_unreadable_pictures_stop_the_run() -> None:
     watch = trainer.RunMonitor()
     losses = {"loss": torch.tensor(1.0)}
     watch.update(losses, batch_of(torch.tensor([1] * 11 + [0] * 29)))  # it may be a tenth, and bad luck
-    with pytest.raises(trainer.UsageError, match="16 of 45 pictures could not be read, first a.jpg: spoilt; mend them"):
+    with pytest.raises(trainer.UsageError, match="16 of 45 images could not be read, first a.jpg: spoilt; mend them"):
         watch.update(losses, batch_of(torch.tensor([1] * 5)))
-    with pytest.raises(trainer.UsageError, match="1 of 2 pictures could not be read"):
+    with pytest.raises(trainer.UsageError, match="1 of 2 images could not be read"):
         trainer.RunMonitor().update(losses, batch_of(torch.tensor([trainer.MAX_TRIES, 0])))
 
 

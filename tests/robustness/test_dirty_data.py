@@ -105,7 +105,7 @@ def test_a_few_unreadable_pictures_are_replaced_and_counted(model_dir: Path, tmp
     with training_in_process(model_dir, tmp_path / "data") as run:
         saved = run(tmp_path / "out", *flags)
     assert saved["training"]["steps"] == 10
-    assert "4 unreadable pictures replaced" in caplog.text  # each of them once an epoch
+    assert "4 unreadable images replaced" in caplog.text  # each of them once an epoch
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -115,10 +115,10 @@ def test_many_unreadable_pictures_end_the_run_with_one_line(model_dir: Path, tmp
     with training_in_process(model_dir, tmp_path / "data") as run, pytest.raises(trainer.UsageError) as ended:
         run(tmp_path / "out", *flags)
     message = str(ended.value)
-    assert "pictures could not be read, first " in message and "\n" not in message
+    assert "images could not be read, first " in message and "\n" not in message
     assert f"run create_metadata.py --image_path {tmp_path / 'data'} --overwrite" in message
     assert re.search(
-        r"spoilt \d+.jpg: (image file is truncated|no picture in a format|an empty file|No such file)", message
+        r"spoilt \d+.jpg: (image file is truncated|no image in a format|an empty file|No such file)", message
     )
     assert not (tmp_path / "out" / "quant_model.pt").exists()
 
