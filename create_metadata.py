@@ -25,12 +25,12 @@ import signal
 import sys
 import threading
 import traceback
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.util import find_spec
-from json.encoder import encode_basestring as quoted
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn
 
@@ -61,9 +61,6 @@ SIGNATURES = {
     rb"\xff\x0a|\0\0\0\x0cJXL ": "JXL",
     rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "JP2",
     rb"8BPS": "PSD",
-    rb"v/1\x01": "EXR",
-    rb"#\?R": "HDR",
-    rb"qoif": "QOI",
     rb"%!PS": "EPS",
     rb"II\*\0|MM\0\*": "damaged TIFF, or of a rare kind",
     rb"(<\?xml.*|\s*)<svg": "SVG",
@@ -75,16 +72,16 @@ LFS_START = "version https://git-lfs"
 MAX_PNG_TEXT, MAX_PNG_TEXTS = 64 << 20, 128 << 20  # bytes
 MAX_CAPTION_BYTES = 1 << 20  # a .txt that is larger is no caption
 CAPTION_KEYS = {"caption", "text"}  # of a .json
-MAX_MESSAGE = 1000  # characters of an error; of a longer one, the middle is left out
 PAIRS_PER_TASK = 16
 MIN_EDGE, MAX_ASPECT = 16, 8  # pixels, and long edge / short edge; images beyond them are kept, and remarked on
 
-TRAIN = "train_text_to_image_qat.py"
+TRAIN, STREAM = "train_text_to_image_qat.py", "--streaming --max_train_steps N --train_data_dir"
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-TABLES = (".csv", ".tsv", ".jsonl", ".json", ".xlsx", ".parquet")  # that may hold the captions of many images
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # that may hold the captions of many images
 
 # Why something is left out.
 NO_CAPTION = "image without a caption file"
+ONLY_JSON = "image without .txt or .caption, but with a .json (--caption_from_json reads it)"
 NO_IMAGE = "caption file without an image"
 SECOND_IMAGE = "second image of one stem"
 SECOND_CAPTION = "second caption file of one stem"
@@ -108,7 +105,8 @@ LINK_FOLDER = "symlink to a folder inside this one (not followed: it would count
 BAD_NAME = "name with a backslash or with bytes that are not UTF-8 (rename it)"
 HIDDEN = "hidden image or folder (its name starts with a dot)"
 # What is said about something that is not left out.
-LATIN1 = "caption was not UTF-8 and has been read as Latin-1"
+ANSI = "caption was not UTF-8 and has been read as Windows-1252"
+OTHER_SPELLING = "caption file whose name differs in letter case, Unicode form or ending (as NAME.jpg.txt): used"
 DOT_CAPTION = "caption read from NAME.caption, as there is no NAME.txt"
 SEVERAL_LINES = {
     "first": "caption of several lines: the first is used (--multiline join or random)",
@@ -136,9 +134,7 @@ class Row(NamedTuple):
     text: Text
 
 
-class Verdict(NamedTuple):
-    text: Text | None  # None: the pair is left out, and the one remark is the reason
-    remarks: list[str]
+Verdict = tuple[Text | None, list[str]]  # None: the pair is left out, and the one remark is the reason
 
 
 class LeftOut(Exception):
@@ -236,22 +232,16 @@ def instead_of_folder(path: str) -> str:
     folder, name = os.path.split(path)
     extension = os.path.splitext(name)[1].lower()
     if extension == ".tar":
-        return f"is not a folder but a tar: unpack it, or train on it as it is: {command('--streaming', folder)}"
+        return f"is not a folder but a tar: unpack it, or train on it as it is: {command(STREAM, folder)}"
     if extension in ARCHIVES:
         return "is not a folder but an archive: unpack it, and pass the folder that it makes"
-    if name in METADATA_NAMES or extension in (".parquet", ".arrow"):
-        return f"is not a folder, and needs no metadata: {command(reader(name), folder)} reads it"
+    if extension in (*TABLES, ".arrow"):
+        return f"is not a folder, and needs no metadata: {command('--train_data_dir', path)} reads it"
     return f"is not a folder: pass the one that holds the images and captions, perhaps {os.path.normpath(folder)!r}"
 
 
-def reader(name: str) -> str:
-    """The trainer's flag for the folder of that file."""
-    return "--train_data_dir" if name in METADATA_NAMES else "--dataset_name"
-
-
-def command(flag: str, folder: str) -> str:
-    flag = "--streaming --max_train_steps N --train_data_dir" if flag == "--streaming" else flag
-    return f"{TRAIN} {flag} {shlex.quote(os.path.normpath(folder))}"
+def command(flags: str, path: str) -> str:
+    return f"{TRAIN} {flags} {shlex.quote(os.path.normpath(path))}"
 
 
 def foreign_metadata(path: Path, overwrite: bool) -> str | None:
@@ -263,7 +253,7 @@ def foreign_metadata(path: Path, overwrite: bool) -> str | None:
     stamp = path.with_name(STAMP_NAME)
     edited = stamp.is_file() and stamp.read_text(errors="replace").rstrip().endswith(f"  {path.name}")
     whose = "was edited since this script wrote it" if edited else "was not written by this script"
-    reads = command(reader(path.name), str(path.parent))
+    reads = command("--train_data_dir", str(path.parent))
     return f"{whose}: {reads} reads it as it is; to replace it by a new one, pass --overwrite"
 
 
@@ -298,12 +288,18 @@ def find_pairs(args: argparse.Namespace, left_out: Tally, remarks: Tally) -> lis
             left_out.add(reason, name)
         return names[0]
 
+    for stem in jsons.keys() - images.keys():
+        others.add(".json", jsons.pop(stem)[0])
+    chosen = {stem: choose(names, SECOND_IMAGE) for stem, names in images.items()}
+    for stem, other in other_spellings(chosen, captions):
+        captions[stem] = captions.pop(other)
+        remarks.add(OTHER_SPELLING, captions[stem][0])
     pairs: list[Pair] = []
-    for stem, names in images.items():
-        image = choose(names, SECOND_IMAGE)
-        told = captions.pop(stem, None) or jsons.get(stem)
+    for stem, image in chosen.items():
+        told = captions.pop(stem, None) or (jsons.get(stem) if args.caption_from_json else None)
         caption = choose(told, SECOND_CAPTION) if told else ""
-        reason = spoilt.get(image) or name_problem(image) or (spoilt.get(caption) if caption else NO_CAPTION)
+        missing = ONLY_JSON if stem in jsons else NO_CAPTION
+        reason = spoilt.get(image) or name_problem(image) or (spoilt.get(caption) if caption else missing)
         if reason:
             left_out.add(reason, image)
         else:
@@ -320,6 +316,28 @@ def find_pairs(args: argparse.Namespace, left_out: Tally, remarks: Tally) -> lis
     return sorted(pairs)
 
 
+def other_spellings(images: dict[str, str], captions: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """(stem of an image, stem of its caption) where neither has a file of exactly its name, and no other fits.
+
+    macOS and Windows take names that differ in letter case or Unicode form only for the same.
+    """
+    told, takers = defaultdict(list), defaultdict(list)
+    for caption in captions:
+        if caption not in images:
+            told[same_spelling(caption)].append(caption)
+    for stem, image in images.items():
+        if stem not in captions:
+            found = told[same_spelling(stem)] + told[same_spelling(image)]  # the latter where it is NAME.jpg.txt
+            for caption in found if len(found) == 1 else []:
+                takers[caption].append(stem)
+    return [(stems[0], caption) for caption, stems in takers.items() if len(stems) == 1]
+
+
+def same_spelling(name: str) -> str:
+    """Equal for names that differ in letter case or Unicode form only."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def find_files(
     args: argparse.Namespace, left_out: Tally, remarks: Tally, others: Tally
 ) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
@@ -328,8 +346,6 @@ def find_files(
 
     real_root = os.path.join(os.path.realpath(args.image_path), "")
     kinds: dict[str, str | None] = dict(KINDS)
-    if not args.caption_from_json:
-        kinds[".json"] = None
     if find_spec("pillow_heif") is None:
         kinds.update(dict.fromkeys(HEIF_EXTENSIONS, "unread"))
     files: dict[str, dict[str, list[str]]] = {kind: {} for kind in KINDS.values()}
@@ -403,7 +419,7 @@ def remedy(args: argparse.Namespace, left_out: Tally, others: Tally) -> str:
     """By what the folder holds, and by what most images were left out for."""
     if others.counts[".tar"]:
         count, name = others.counts[".tar"], others.names[".tar"][0]
-        reads = command("--streaming", os.path.join(args.image_path, os.path.dirname(name)))
+        reads = command(STREAM, os.path.join(args.image_path, os.path.dirname(name)))
         return f": {reads} reads its {count:,} .tar files as they are; or unpack them"
     counts = {reason: count for reason, count in left_out.counts.items() if reason not in (NO_IMAGE, HIDDEN)}
     reason = max(counts, key=counts.__getitem__, default=NO_IMAGE)
@@ -411,9 +427,7 @@ def remedy(args: argparse.Namespace, left_out: Tally, others: Tally) -> str:
         return f": {without_images(args.image_path, others)}"
     if reason == NO_CAPTION:
         return f": {without_captions(args, left_out, others)}"
-    if reason in (EMPTY_CAPTION, NO_KEY):
-        return ": write captions, or pass --keep_empty to keep images without one"
-    if reason == BAD_JSON or reason.startswith(ODD_JSON):
+    if reason == BAD_JSON or reason.startswith((ODD_JSON, NO_KEY)):
         return ': a .json must hold {"caption": "text"}; or put the caption into NAME.txt'
     if reason in (NOT_AN_IMAGE, DAMAGED, ZERO_BYTES):
         return ": these files are no pictures, or not whole: get them again"
@@ -422,7 +436,8 @@ def remedy(args: argparse.Namespace, left_out: Tally, others: Tally) -> str:
 
 def without_images(folder: str, others: Tally) -> str:
     if others.counts[".arrow"] or others.counts[".parquet"]:
-        return f"it holds the files of a dataset: {command('--dataset_name', folder)} reads them as they are"
+        reads = command("--dataset_name", folder)
+        return f"it holds a dataset: {reads} reads the images in it; those of URLs, img2dataset downloads"
     archives = [name for extension in ARCHIVES for name in others.names[extension]]
     if archives:
         return f"unpack {archives[0]!r} first"
@@ -433,21 +448,17 @@ def without_images(folder: str, others: Tally) -> str:
 
 def without_captions(args: argparse.Namespace, left_out: Tally, others: Tally) -> str:
     folder, image, alone = args.image_path, left_out.names[NO_CAPTION][0], left_out.names[NO_IMAGE]
-    stem = os.path.splitext(image)[0]
-    if not args.caption_from_json and os.path.isfile(f"{folder}/{stem}.json"):
-        return f"{stem + '.json'!r} and the like are read with --caption_from_json: add it"
-    if os.path.isfile(f"{folder}/{image}.txt"):
-        return f"rename {image + '.txt'!r} to {stem + '.txt'!r}, and the others likewise"
     if others.counts["metadata"]:
         subfolder, name = os.path.split(others.names["metadata"][0])
-        reads = command(reader(name), os.path.join(folder, subfolder))
+        reads = command("--train_data_dir", os.path.join(folder, subfolder))
         return f"its captions are in {os.path.join(subfolder, name)!r}: {reads} reads them as they are"
     if left_out.counts[NO_IMAGE] > 1:
-        return f"the caption of {image!r} belongs into {stem + '.txt'!r}: move or rename {alone[0]!r} and the others"
+        own = os.path.splitext(image)[0] + ".txt"
+        return f"the caption of {image!r} belongs into {own!r}: move or rename {alone[0]!r} and the others"
     tables = [name for extension in TABLES for name in others.names[extension]] + alone
     if tables:
-        row = '{"file_name": "NAME.jpg", "text": "caption"}'
-        return f"if {tables[0]!r} holds the captions, make a metadata.jsonl of it, lines of {row}, and train on that"
+        reads = command("--train_data_dir", os.path.join(folder, tables[0]))
+        return f"if {tables[0]!r} holds the captions, by a file_name from its folder on: {reads} reads it"
     beside = "NAME.jpg needs its caption in NAME.txt beside it (or in NAME.json, with --caption_from_json)"
     if all("/" in name for name in left_out.names[NO_CAPTION]):
         reads = command("--dataset_name", folder)
@@ -490,23 +501,26 @@ def in_order(check: Callable[[Pair], Verdict], pairs: list[Pair], num_workers: i
     from multiprocessing import get_context
 
     # Not multiprocessing.Pool: that one waits for ever for a worker that was killed for want of memory.
-    executor = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=start_worker)
+    executor = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=end_with_parent)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: Ctrl-C is the main process's
     try:
-        yield from executor.map(check, pairs, chunksize=PAIRS_PER_TASK)
+        verdicts = executor.map(check, pairs, chunksize=PAIRS_PER_TASK)
+        signal.signal(signal.SIGINT, handler)
+        yield from verdicts
     except (BrokenProcessPool, OSError) as error:  # OSError: the system starts no more processes
         raise UsageError(
             f"--num_workers {num_workers}: a decoding process died or did not start, probably for want of memory: "
             "use a smaller number, or --no_verify"
         ) from error
     finally:
+        signal.signal(signal.SIGINT, handler)
         executor.shutdown(cancel_futures=True)
 
 
-def start_worker() -> None:
-    """Leave Ctrl-C to the main process, and end with it, however it ends."""
+def end_with_parent() -> None:
+    """End with the main process, however that ends."""
     from multiprocessing import parent_process
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -515,9 +529,9 @@ def check_pair(args: argparse.Namespace, pair: Pair) -> Verdict:
     try:
         text = read_caption(args, pair.caption, remarks)
     except LeftOut as reason:
-        return Verdict(None, [str(reason)])
+        return None, [str(reason)]
     problem = None if args.no_verify else image_problem(f"{args.image_path}/{pair.image}", remarks)
-    return Verdict(None, [problem]) if problem else Verdict(text, remarks)
+    return (None, [problem]) if problem else (text, remarks)
 
 
 def read_caption(args: argparse.Namespace, name: str, remarks: list[str]) -> Text:
@@ -561,12 +575,12 @@ def read_text(path: str, remarks: list[str]) -> str:
 
 
 def decode(data: bytes) -> tuple[str, str | None]:
-    """The text, and a remark if it had to be guessed: UTF-8, UTF-16 if it starts with that mark, else Latin-1."""
+    """The text, and a remark if it had to be guessed: UTF-8, UTF-16 by its mark, else what Windows calls ANSI."""
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return data.decode("utf-16" if utf16 else "utf-8").removeprefix("\ufeff"), None
-    except UnicodeDecodeError:
-        return data.decode("latin-1"), LATIN1
+    for encoding, remark in (("utf-16" if utf16 else "utf-8-sig", None), ("cp1252", ANSI)):
+        with suppress(UnicodeDecodeError):
+            return data.decode(encoding), remark
+    return data.decode("latin-1"), ANSI
 
 
 def captions_of_json(text: str, keep_empty: bool) -> list[str]:
@@ -588,7 +602,7 @@ def captions_of_json(text: str, keep_empty: bool) -> list[str]:
 
 
 def captions_of(value: object) -> list[str]:
-    """The captions in what a .json gives for one: none if it is missing, several if it is a list of texts.
+    """The captions in what a .json gives for one: none if it is missing, several if it is a list, one of an object.
 
     Raises:
         TypeError: it holds no text; the message is what it is instead.
@@ -598,10 +612,9 @@ def captions_of(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):
-        for item in value:
-            if item is not None and (not isinstance(item, str) or isinstance(item, Digits)):
-                raise TypeError(f"list of {'number' if isinstance(item, Digits) else type(item).__name__}")
-        return [item for item in value if item is not None]
+        if any(isinstance(item, Digits) for item in value):
+            raise TypeError("list of number")
+        return [caption for item in value for caption in captions_of(item)]
     if isinstance(value, dict) and CAPTION_KEYS & value.keys():
         caption = value.get("caption")
         return captions_of(value.get("text") if caption is None else caption)
@@ -663,7 +676,7 @@ def turn_upright(image: "Image.Image") -> bool:
 
 def decoding_problem(file: BinaryIO, error: Exception) -> str:
     """Why the file could not be decoded, by its first bytes: what is in it may not be what its name says."""
-    from PIL import UnidentifiedImageError
+    from PIL import UnidentifiedImageError, features
 
     if "MAX_TEXT" in str(error):
         return MUCH_TEXT
@@ -680,16 +693,9 @@ def decoding_problem(file: BinaryIO, error: Exception) -> str:
         return DAMAGED
     for signature, picture_format in SIGNATURES.items():
         if re.match(signature, head, re.DOTALL):
-            return DAMAGED if can_decode(picture_format) else unread(picture_format)
+            heif, avif = picture_format == "HEIC" and "HEIF" in image_formats(), picture_format == "AVIF"
+            return DAMAGED if heif or avif and features.check("avif") else unread(picture_format)
     return NOT_AN_IMAGE
-
-
-def can_decode(picture_format: str) -> bool:
-    from PIL import features
-
-    return (
-        "HEIF" in image_formats() if picture_format == "HEIC" else picture_format == "AVIF" and features.check("avif")
-    )
 
 
 # -------------------------------------------------------------------------------------- writing and report
@@ -710,11 +716,9 @@ def write_metadata(rows: list[Row], args: argparse.Namespace) -> Path:
 
 
 def jsonl_line(row: Row) -> str:
-    text = quoted(row.text) if isinstance(row.text, str) else f"[{', '.join(map(quoted, row.text))}]"
-    line = f'{{"file_name": {quoted(row.file_name)}, "text": {text}}}'
-    if len(line.splitlines()) > 1:  # a name with U+2028: readers that use splitlines() would cut the row in two
-        line = json.dumps(row._asdict())
-    return line + "\n"
+    line = json.dumps(row._asdict(), ensure_ascii=False)
+    # a name with U+2028: readers that use splitlines() would cut the row in two
+    return (line if len(line.splitlines()) == 1 else json.dumps(row._asdict())) + "\n"
 
 
 def csv_lines(rows: list[Row]) -> Iterator[str]:
@@ -744,9 +748,7 @@ def report(path: Path, num_rows: int, args: argparse.Namespace, left_out: Tally,
     if remarks.counts:
         logger.warning("please note:\n%s", "\n".join(remarks.lines()))
     if args.format == "csv":
-        logger.warning(
-            'please note: `datasets` does not read "null", "NA" or "1984" of a csv as text; jsonl keeps them'
-        )
+        logger.warning('please note: `datasets` reads no "null", "NA" or "1984" of a csv as text; jsonl keeps them')
     if num_rows == args.max_samples:
         logger.info("stopped at --max_samples %d: later pairs have not been looked at", num_rows)
     verified = "images not decoded (--no_verify)" if args.no_verify else "every image decoded"
@@ -785,8 +787,6 @@ def main(argv: list[str] | None = None) -> None:
         if "--debug" in (sys.argv if argv is None else argv):  # args do not exist if the error is one of theirs
             traceback.print_exc()
         message = " ".join(str(error).splitlines())  # argparse quotes arguments as they came
-        if len(message) > MAX_MESSAGE:
-            message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
         sys.stderr.write(f"create_metadata.py: error: {message}\n")
         raise SystemExit(2) from None
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Compare painted folders, picture by picture: how close to the first one, how fast, how large.
+"""Compare folders of generated images, pair by pair: how close to the first one, how fast, how large.
 
-Reads the results.jsonl that text2images.py wrote into each folder and pairs the pictures by caption
+Reads the results.jsonl that text2images.py wrote into each folder and pairs the images by caption
 and seed. The first folder is the reference. Prints a table and writes report.html (every pair, worst
 first, to be flipped through in a browser), report.json and contact_sheet.png (reference | candidate |
 difference; the worst, median and best pair).
@@ -45,7 +45,7 @@ from skimage.metrics import structural_similarity
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # imported where the page is made, as --help need not wait for it
 
-MAX_PSNR = 99.0  # dB, for pictures that are equal to the bit: a mean cannot hold infinity
+MAX_PSNR = 99.0  # dB, for images that are equal to the bit: a mean cannot hold infinity
 DIFFERENCE_GAIN = 20  # of the contact sheet: at 50 dB the mean error is one level of 255
 # Kept in torch.hub's folder, where pytorch-fid and torchvision keep the same files under the same names.
 ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
@@ -63,10 +63,10 @@ METRICS = {  # heading and format, in the order of the table
     "fid": ("FID", "{:.2f}"),
 }
 LARGE_PAGE = 200  # MB of report.html, from where on a browser takes seconds to open it
-# Must agree, or pictures are not comparable.
-SAME = ("steps", "guidance_scale", "negative_prompt", "scheduler", "clip_skip")
-NEEDED = ("caption", "seed", "file", "status", "precision", "dtype", "unet_mb", "seconds", "peak_memory_gib")
-NUMBERS = ("unet_mb", "seconds", "peak_memory_gib")
+# Must agree, or images are not comparable.
+MUST_MATCH = ("steps", "guidance_scale", "negative_prompt", "scheduler", "clip_skip")
+REQUIRED = ("caption", "seed", "file", "status", "precision", "dtype", "unet_mb", "seconds", "peak_memory_gib")
+POSITIVE = ("unet_mb", "seconds", "peak_memory_gib")
 
 
 class UsageError(Exception):
@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("reference", type=Path, help="folder of text2images.py, usually fp32")
     parser.add_argument("candidates", type=Path, nargs="+", help="folders to compare with it")
     parser.add_argument("--output_dir", type=Path, help="for what this script writes (default: last folder)")
-    text = "report.html shows the pictures where they are, by relative paths, and does not hold them: for hundreds"
+    text = "report.html shows the images where they are, by relative paths, and does not hold them: for hundreds"
     parser.add_argument("--link", action="store_true", help=text)
     parser.add_argument("--min_psnr", type=float, help="exit with 1 where a candidate's mean PSNR is below so many dB")
     text = (
@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for folder in (args.reference, *args.candidates):
         if not (folder / "results.jsonl").is_file():
-            parser.error(f"{folder}: no results.jsonl there; paint into it with text2images.py --output_dir")
+            parser.error(f"{folder}: no results.jsonl there; generate into it with text2images.py --output_dir")
     return args
 
 
@@ -109,7 +109,7 @@ class Folder:
     values: dict[str, list[float]] = field(default_factory=dict)  # of each metric, one a pair
     fid: float | None = None
 
-    def picture(self, key: tuple[str, int]) -> np.ndarray:
+    def image(self, key: tuple[str, int]) -> np.ndarray:
         """[H, W, 3], uint8."""
         file = self.path / self.rows[key]["file"]
         try:
@@ -117,7 +117,7 @@ class Folder:
                 return np.asarray(image.convert("RGB"))
         except Exception as error:  # Pillow's decoders raise about ten kinds
             reason = getattr(error, "strerror", None) or str(error)
-            raise UsageError(f"{file}: {reason}; paint it again, or take its row out of results.jsonl") from error
+            raise UsageError(f"{file}: {reason}; generate it again, or take its row out of results.jsonl") from error
 
     def median(self, fact: str) -> float:
         return float(np.median([row[fact] for row in self.rows.values()]))
@@ -128,10 +128,10 @@ def is_positive(value: object) -> bool:
 
 
 def read_folder(path: Path) -> Folder:
-    """Rows with a picture.
+    """Rows with an image.
 
     Raises:
-        UsageError: a row is damaged, or two pictures are of one caption and seed: which one is meant?
+        UsageError: a row is damaged, or two images are of one caption and seed: which one is meant?
     """
     rows: dict[tuple[str, int], dict] = {}
     with open(path / "results.jsonl", encoding="utf-8", errors="replace", newline="\n") as file:
@@ -140,19 +140,19 @@ def read_folder(path: Path) -> Folder:
         try:
             row = json.loads(line)
             key, file, status = (row["caption"], row["seed"]), row["file"], row["status"]
-            missing = [] if file is None or status != "ok" else [name for name in NEEDED if row.get(name) is None]
-            missing += [name for name in NUMBERS if name in row and not is_positive(row[name])]
+            missing = [] if file is None or status != "ok" else [name for name in REQUIRED if row.get(name) is None]
+            missing += [name for name in POSITIVE if name in row and not is_positive(row[name])]
             rows.get(key), Path(file or "")  # raise where they are of another kind
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             missing = [str(error)]
         if missing:
             problem = f"{path}/results.jsonl, line {number} is damaged or of another program ({missing[0][:80]})"
-            raise UsageError(f"{problem}: take that line out, or paint into a new folder")
+            raise UsageError(f"{problem}: take that line out, or generate into a new folder")
         if file is None or status != "ok":
             continue
         if key in rows:
             raise UsageError(
-                f"{path}: two pictures of {key[0]!r} with seed {key[1]}; paint each run into its own folder"
+                f"{path}: two images of {key[0]!r} with seed {key[1]}; generate each run into its own folder"
             )
         rows[key] = row
     return Folder(path, rows)
@@ -162,24 +162,24 @@ def pair(folders: list[Folder]) -> list[tuple[str, int]]:
     """Captions and seeds that every folder has, in the reference's order; says what has no partner.
 
     Raises:
-        UsageError: nothing in common, or partners painted in different ways.
+        UsageError: nothing in common, or partners that were generated with different settings.
     """
     reference = folders[0]
     keys = [key for key in reference.rows if all(key in folder.rows for folder in folders)]
     if not keys:
-        counts = ", ".join(f"{folder.path} ({len(folder.rows)} pictures)" for folder in folders)
-        raise UsageError(f"no caption and seed is in all of {counts}: paint the same captions with the same --seed")
+        counts = ", ".join(f"{folder.path} ({len(folder.rows)} images)" for folder in folders)
+        raise UsageError(f"no caption and seed is in all of {counts}: generate the same captions with the same --seed")
     for folder in folders:
         alone = len(folder.rows) - len(keys)
         if alone:
-            print(f"{folder.path}: {alone} of {len(folder.rows)} pictures have no partner and are left out")
+            print(f"{folder.path}: {alone} of {len(folder.rows)} images have no partner and are left out")
         for key in keys:
             ours, theirs = folder.rows[key], reference.rows[key]
-            changed = [fact for fact in SAME if ours.get(fact) != theirs.get(fact)]
+            changed = [fact for fact in MUST_MATCH if ours.get(fact) != theirs.get(fact)]
             if changed:
                 values = f"{ours.get(changed[0])}, not {theirs.get(changed[0])}"
                 raise UsageError(
-                    f"{folder.path}: {key[0][:60]!r} was painted with {changed[0]} {values}: not comparable"
+                    f"{folder.path}: {key[0][:60]!r} was generated with {changed[0]} {values}: not comparable"
                 )
     return keys
 
@@ -187,25 +187,25 @@ def pair(folders: list[Folder]) -> list[tuple[str, int]]:
 # ---------------------------------------------------------------- measuring
 
 
-def psnr(reference: np.ndarray, picture: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of one picture in dB, at a data range of 1 (uint8 levels / 255)."""
-    mse = np.square((reference.astype(np.float64) - picture) / 255).mean()
+def psnr(reference: np.ndarray, image: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of one image in dB, at a data range of 1 (uint8 levels / 255)."""
+    mse = np.square((reference.astype(np.float64) - image) / 255).mean()
     return min(MAX_PSNR, -10 * np.log10(mse)) if mse > 0 else MAX_PSNR
 
 
-def color_difference(reference: np.ndarray, picture: np.ndarray) -> float:
-    """The largest CIEDE2000 difference of two sRGB pictures [H, W, 3], uint8, anywhere in them.
+def color_difference(reference: np.ndarray, image: np.ndarray) -> float:
+    """The largest CIEDE2000 difference of two sRGB images [H, W, 3], uint8, anywhere in them.
 
     Means over blocks whose edge is a 32nd of the width: what an eye takes in at once, and no single odd pixel. The
     unit is made so that 1 is about the least difference that people see between two colours side by side.
     """
-    lab = [rgb2lab(pixels / np.float32(255)) for pixels in (reference, picture)]  # half the time of float64
+    lab = [rgb2lab(pixels / np.float32(255)) for pixels in (reference, image)]  # half the time of float64
     difference = torch.from_numpy(deltaE_ciede2000(*lab))[None, None]  # [1, 1, H, W]
-    return F.avg_pool2d(difference, max(1, picture.shape[1] // 32), ceil_mode=True).max().item()
+    return F.avg_pool2d(difference, max(1, image.shape[1] // 32), ceil_mode=True).max().item()
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean, and its 95 % bootstrap interval over pictures (percentiles of 10,000 resamples, fixed seed)."""
+    """Mean, and its 95 % bootstrap interval over images (percentiles of 10,000 resamples, fixed seed)."""
     sample = np.asarray(values)
     rows = np.random.default_rng(0).integers(0, len(sample), (10_000, len(sample)))
     low, high = np.percentile(sample[rows].mean(axis=1), [2.5, 97.5])
@@ -215,22 +215,23 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 def measure(folders: list[Folder], keys: list[tuple[str, int]]) -> None:
     """PSNR, SSIM and the largest colour difference of every candidate."""
     for key in keys:
-        reference = folders[0].picture(key)
+        reference = folders[0].image(key)
         for candidate in folders[1:]:
-            picture = candidate.picture(key)
-            if picture.shape != reference.shape:
+            image = candidate.image(key)
+            if image.shape != reference.shape:
                 name = candidate.rows[key]["file"]
-                raise UsageError(f"{candidate.path}: {name} is not as large as its partner: paint both at one size")
-            ssim = float(structural_similarity(reference, picture, channel_axis=2))
-            candidate.values.setdefault("psnr", []).append(psnr(reference, picture))
+                raise UsageError(f"{candidate.path}: {name} is not as large as its partner: generate both at one size")
+            ssim = float(structural_similarity(reference, image, channel_axis=2))
+            candidate.values.setdefault("psnr", []).append(psnr(reference, image))
             candidate.values.setdefault("ssim", []).append(ssim)
-            candidate.values.setdefault("ciede2000", []).append(color_difference(reference, picture))
+            candidate.values.setdefault("ciede2000", []).append(color_difference(reference, image))
 
 
 # ---------------------------------------------------------------- measuring with networks
 #
-# The forward passes are written out: lpips, torchmetrics' LPIPS, torch-fidelity, pytorch-fid and clean-fid all import
-# torchvision, which cannot be installed beside a CPU build of PyTorch. Tensors have the names of the published files.
+# The forward passes are written out, as the packages for these metrics cannot run here: lpips, pytorch-fid, clean-fid
+# and torch-fidelity, which torchmetrics needs for FID, import torchvision, and PyPI's build of that does not import
+# beside a CPU build of PyTorch. Tensors have the names of the published files.
 
 Weights = dict[str, torch.Tensor]
 ALEXNET_LAYERS = (0, 3, 6, 8, 10)  # its convolutions, as torchvision numbers them
@@ -271,13 +272,13 @@ def lpips_weights(path: Path | None, download: bool) -> tuple[Weights | None, We
         raise UsageError(f"--lpips_weights {path}: {reason}; see --help for what it must hold") from error
 
 
-def to_tensor(picture: np.ndarray) -> torch.Tensor:
+def to_tensor(image: np.ndarray) -> torch.Tensor:
     """[H, W, 3] uint8 -> [1, 3, H, W] in -1..1."""
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def alexnet_features(x: torch.Tensor, weights: Weights) -> list[torch.Tensor]:
-    """The five ReLU outputs of AlexNet, each position scaled to length 1, for pictures in -1..1."""
+    """The five ReLU outputs of AlexNet, each position scaled to length 1, for images in -1..1."""
     shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 1, 3, 1, 1)
     x, features = (x - shift) / scale, []
     for layer, stride, padding in zip(ALEXNET_LAYERS, (4, 1, 1, 1, 1), (2, 2, 1, 1, 1)):
@@ -288,7 +289,7 @@ def alexnet_features(x: torch.Tensor, weights: Weights) -> list[torch.Tensor]:
 
 
 def lpips(reference: list[torch.Tensor], features: list[torch.Tensor], heads: Weights) -> float:
-    """Learned perceptual distance of one picture, version 0.1 (arXiv 1801.03924, equation 1)."""
+    """Learned perceptual distance of one image, version 0.1 (arXiv 1801.03924, equation 1)."""
     layers = enumerate(zip(reference, features))
     parts = [
         ((ours - theirs) ** 2 * heads[f"lin{layer}.model.1.weight"]).sum(dim=1) for layer, (ours, theirs) in layers
@@ -297,7 +298,7 @@ def lpips(reference: list[torch.Tensor], features: list[torch.Tensor], heads: We
 
 
 def inception_features(x: torch.Tensor, weights: Weights) -> torch.Tensor:
-    """Pooled features [B, 2048] of FID's own Inception v3 (TensorFlow's of 2015), for pictures in -1..1."""
+    """Pooled features [B, 2048] of FID's own Inception v3 (TensorFlow's of 2015), for images in -1..1."""
 
     def conv(x: torch.Tensor, name: str, stride: int = 1, padded: bool = True) -> torch.Tensor:
         kernel = weights[f"{name}.conv.weight"]
@@ -360,7 +361,7 @@ def frechet_distance(reference: torch.Tensor, features: torch.Tensor) -> float:
 
 
 class ClipScore:
-    """100 x the cosine of CLIP's embeddings of picture and caption, at least 0 (arXiv 2104.08718)."""
+    """100 x the cosine of CLIP's embeddings of image and caption, at least 0 (arXiv 2104.08718)."""
 
     def __init__(self, name: str) -> None:
         import transformers  # only here: it takes seconds
@@ -371,9 +372,9 @@ class ClipScore:
         self.tokenizer = transformers.CLIPTokenizer.from_pretrained(name)
         self.prepare = CLIPImageProcessorPil.from_pretrained(name)
 
-    def __call__(self, picture: np.ndarray, caption: str) -> float:
+    def __call__(self, image: np.ndarray, caption: str) -> float:
         words = self.tokenizer(caption, truncation=True, max_length=77, return_tensors="pt")
-        pixel_values = self.prepare(images=[Image.fromarray(picture)], return_tensors="pt").pixel_values
+        pixel_values = self.prepare(images=[Image.fromarray(image)], return_tensors="pt").pixel_values
         output = self.model(**words, pixel_values=pixel_values)  # its embeddings have length 1
         return max(0.0, 100 * (output.image_embeds * output.text_embeds).sum().item())
 
@@ -403,21 +404,24 @@ def measure_with_networks(folders: list[Folder], keys: list[tuple[str, int]], ar
     clip = clip_score(args.clip_model, args.download)
     if alexnet and heads:
         for key in keys:
-            features = [alexnet_features(to_tensor(folder.picture(key)), alexnet) for folder in folders]
+            features = [alexnet_features(to_tensor(folder.image(key)), alexnet) for folder in folders]
             for folder, ours in zip(folders[1:], features[1:]):
                 folder.values.setdefault("lpips", []).append(lpips(features[0], ours, heads))
     if inception and len(keys) > 1:
         sets = []
         for folder in folders:
-            features = [inception_features(to_tensor(folder.picture(key)), inception) for key in keys]
+            features = [inception_features(to_tensor(folder.image(key)), inception) for key in keys]
             sets.append(torch.cat(features).double())
         for folder, ours in zip(folders[1:], sets[1:]):
             folder.fid = frechet_distance(sets[0], ours)
     if clip:
         for folder in folders:
-            folder.values["clip_score"] = [clip(folder.picture(key), key[0]) for key in keys]
+            folder.values["clip_score"] = [clip(folder.image(key), key[0]) for key in keys]
     found = {"LPIPS": alexnet and heads, "FID": inception, "CLIP score": clip}
     return [name for name, weights in found.items() if not weights]
+
+
+# ---------------------------------------------------------------- the report
 
 
 def report(folders: list[Folder], keys: list[tuple[str, int]]) -> dict:
@@ -427,7 +431,7 @@ def report(folders: list[Folder], keys: list[tuple[str, int]]) -> dict:
         first = next(iter(folder.rows.values()))
         row = {
             "folder": str(folder.path),
-            **{fact: first.get(fact) for fact in ("precision", "dtype", "unet_mb", *SAME)},
+            **{fact: first.get(fact) for fact in ("precision", "dtype", "unet_mb", *MUST_MATCH)},
         }
         row |= {"seconds": folder.median("seconds"), "peak_memory_gib": folder.median("peak_memory_gib")}
         row["speedup"] = folders[0].median("seconds") / row["seconds"]
@@ -443,7 +447,7 @@ def report(folders: list[Folder], keys: list[tuple[str, int]]) -> dict:
     return summary
 
 
-def three(how: str, values: tuple[float, float, float]) -> str:
+def format_interval(how: str, values: tuple[float, float, float]) -> str:
     mean, low, high = map(how.format, values)
     return f"{mean} [{low}, {high}]"
 
@@ -452,12 +456,12 @@ def table(summary: dict) -> list[list[str]]:
     """The headings, and a row a folder."""
     measured = {name: how for name, how in METRICS.items() if any(name in row for row in summary["folders"])}
     headings = [heading for heading, _ in measured.values()]
-    rows = [["folder", "UNet, around", *headings, "s / picture", "speed", "peak GiB", "UNet MB"]]
+    rows = [["folder", "UNet, float layers", *headings, "s / image", "speed", "peak GiB", "UNet MB"]]
     for row in summary["folders"]:
         cells = [row["folder"], f"{row['precision']}, {row['dtype']}"]
         for name, (_, how) in measured.items():
             value = row.get(name)
-            cells.append("-" if value is None else how.format(value) if name == "fid" else three(how, value))
+            cells.append("-" if value is None else how.format(value) if name == "fid" else format_interval(how, value))
         cells += [
             f"{row['seconds']:.2f}",
             f"{row['speedup']:.2f}x",
@@ -472,9 +476,7 @@ def remarks(summary: dict, missing: list[str]) -> list[str]:
     """What belongs under the table."""
     lines = []
     if any("fid" in row for row in summary["folders"]):
-        lines.append(
-            f"FID of {summary['pairs']} pictures: compare it with that of other sets of {summary['pairs']} only"
-        )
+        lines.append(f"FID of {summary['pairs']} images: compare it with that of other sets of {summary['pairs']} only")
     for row in summary["differences"]:
         mean, low, high = row["psnr"]
         lines.append(f"from {row['from']} to {row['to']}: {mean:+.2f} dB [{low:+.2f}, {high:+.2f}], paired")
@@ -503,7 +505,7 @@ def contact_sheet(reference: Folder, candidate: Folder, keys: list[tuple[str, in
     values = candidate.values["psnr"]
     order = np.argsort(values)
     chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
-    size = reference.picture(keys[0]).shape[1::-1]
+    size = reference.image(keys[0]).shape[1::-1]
     width, height = (edge * max(1, 256 // size[1]) for edge in size)
     gap, line, font = 8, 20, ImageFont.load_default(15)
     sheet = Image.new("RGB", (3 * (width + gap) + gap, line + gap + 3 * (height + 2 * line + 2 * gap)), "white")
@@ -523,7 +525,7 @@ def contact_sheet(reference: Folder, candidate: Folder, keys: list[tuple[str, in
         caption, seed = keys[index]
         write(gap, top, f"{name} of {len(keys)} pairs: PSNR {values[index]:.1f} dB, seed {seed}", 3 * width)
         write(gap, top + line, caption, 3 * width)
-        first, second = reference.picture(keys[index]), candidate.picture(keys[index])
+        first, second = reference.image(keys[index]), candidate.image(keys[index])
         difference = np.clip(np.abs(first.astype(int) - second) * DIFFERENCE_GAIN, 0, 255).astype(np.uint8)
         for column, pixels in enumerate((first, second, difference)):
             tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
@@ -539,9 +541,9 @@ NOT_SEEN, UP_CLOSE = 1.0, 2.0  # CIEDE2000 below which no eye, or only one that 
 AS_FAST = 0.05  # a smaller difference in speed or size is none
 FRACTIONS = {1 / 4: "a quarter", 1 / 3: "a third", 1 / 2: "half"}  # the words for what is within a tenth of them
 HOW_JUDGED = (
-    "Speed: median seconds a picture, as they were when the folders were painted. Size: the file with the UNet's "
+    "Speed: median seconds an image, as measured when they were generated. Size: the file with the UNet's "
     f"weights. Up to {100 * AS_FAST:.0f} % of difference counts as none. Distance: mean PSNR, higher is closer. What "
-    "an eye sees: the largest CIEDE2000 colour difference in a pair, averaged over squares a 32nd of the picture wide. "
+    "an eye sees: the largest CIEDE2000 colour difference in a pair, averaged over squares a 32nd of the image wide. "
     f"Where it is below {NOT_SEEN:g} in every pair, the sentence says that no eye sees it; from {UP_CLOSE:g} on, a "
     "pair differs visibly; between the two, only up close."
 )
@@ -596,19 +598,19 @@ def sentence(reference: str, name: str, speed: float, size: float, values: dict[
         seen = f"to be seen only up close, in {pairs}"
     far = f"differs by {np.mean(values['psnr']):.0f} dB: {seen}"
     if worst == MAX_PSNR:
-        far = "paints the same pictures, to the bit"
+        far = "generates the same images, to the bit"
     return f"{name} {fast}, {large}, and {far}."
 
 
 def command(row: dict) -> tuple[str | None, str | None]:
-    """A line for a POSIX shell that paints the picture of this row again, or None and why there is none.
+    """A line for a POSIX shell that generates the image of this row again, or None and why there is none.
 
     text2images.py records the flags that it was given, but not what --dtype auto meant on its machine. A caption with
     control characters gets no line: a terminal may obey them when they are pasted.
     """
     flags = row.get("flags")
     if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
-        return None, "no command, as an older text2images.py painted it, which did not write its flags down"
+        return None, "no command, as it is of an older text2images.py, which did not record its flags"
     dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(str(row["dtype"]))
     if dtype and not any(flag.startswith("--dtype") for flag in flags):
         flags = [*flags, f"--dtype={dtype}"]
@@ -624,7 +626,7 @@ def png(folder: Folder, key: tuple[str, int]) -> bytes:
     data = (folder.path / folder.rows[key]["file"]).read_bytes()
     if not data.startswith(b"\x89PNG"):
         buffer = io.BytesIO()
-        Image.fromarray(folder.picture(key)).save(buffer, "PNG")
+        Image.fromarray(folder.image(key)).save(buffer, "PNG")
         data = buffer.getvalue()
     return data
 
@@ -635,7 +637,7 @@ def finite(value: float) -> float | None:
 
 
 def page_data(folders: list[Folder], keys: list[tuple[str, int]], summary: dict, missing: list[str]) -> dict[str, Any]:
-    """All that report.html shows but its plots and pictures, as JSON has it."""
+    """All that report.html shows but its plots and images, as JSON has it."""
     names, rows = labels(folders), summary["folders"]
     sizes = [row["unet_mb"] / rows[0]["unet_mb"] for row in rows]
     sentences = [
@@ -645,7 +647,8 @@ def page_data(folders: list[Folder], keys: list[tuple[str, int]], summary: dict,
     how = {name: how for name, how in METRICS.items() if any(name in folder.values for folder in folders)}
     how["seconds"] = ("seconds", "{:.2f}")
     values = [{**folder.values, "seconds": [folder.rows[key]["seconds"] for key in keys]} for folder in folders]
-    settings = {fact: folders[0].rows[keys[0]].get(fact) for fact in (*SAME, "width", "height")}
+    commands = [tuple(zip(*(command(folder.rows[key]) for folder in folders))) for key in keys]
+    settings = {fact: folders[0].rows[keys[0]].get(fact) for fact in (*MUST_MATCH, "width", "height")}
     return {
         "sentences": sentences,
         "how_judged": HOW_JUDGED,
@@ -667,8 +670,8 @@ def page_data(folders: list[Folder], keys: list[tuple[str, int]], summary: dict,
                 "values": {
                     name: [finite(each[name][index]) if name in each else None for each in values] for name in how
                 },
-                "commands": [command(folder.rows[key])[0] for folder in folders],
-                "no_commands": [command(folder.rows[key])[1] for folder in folders],
+                "commands": commands[index][0],
+                "no_commands": commands[index][1],
             }
             for index, key in enumerate(keys)
         ],
@@ -726,8 +729,8 @@ def distribution(metric: str, candidates: list[Folder]) -> Figure:
 
 
 def time_against_distance(folders: list[Folder]) -> Figure:
-    """A point a folder: median seconds a picture, mean PSNR with its interval; the reference has no distance."""
-    figure, axes = plot(5.6, 3.2, "seconds a picture, median")
+    """A point a folder: median seconds an image, mean PSNR with its interval; the reference has no distance."""
+    figure, axes = plot(5.6, 3.2, "seconds an image, median")
     axes.set_ylabel(METRICS["psnr"][0], color=INK)
     seconds = [folder.median("seconds") for folder in folders]
     axes.axvline(seconds[0], color=COLOURS[0], linestyle="--")
@@ -768,10 +771,10 @@ def plots(folders: list[Folder]) -> str:
 def page(
     folders: list[Folder], keys: list[tuple[str, int]], summary: dict, missing: list[str], link: Path | None
 ) -> Iterator[str]:
-    """report.html, piece by piece, as its pictures may be larger than memory.
+    """report.html, piece by piece, as its images may be larger than memory.
 
     Nothing that comes from a folder is HTML here: it goes into JSON, and the page's own program, the only one that its
-    policy lets run, makes text of it. With `link`, the folder that the page will lie in, the pictures stay outside.
+    policy lets run, makes text of it. With `link`, the folder that the page will lie in, the images stay outside.
     """
     try:
         template = TEMPLATE.read_text(encoding="utf-8")

@@ -63,6 +63,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders import single_file_utils
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -571,7 +572,7 @@ def load_unet_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
     try:
         config = dict(UNet2DConditionModel.load_config(source, subfolder="unet", **hub_options(args)))
     except Exception as error:  # the hub, JSON, ... fail in their own ways
-        raise UsageError(f"{source}: {part_problem(Path(source), 'unet', args.variant, error)}") from error
+        raise UsageError(f"{source}: {part_problem(Path(source), 'unet', args, error)}") from error
     for key in CONDITIONING:
         if config.get(key) not in (None, False, CONDITIONING[key]):
             raise UsageError(f"{name}: its UNet wants more than a caption ({key}), which is not supported")
@@ -615,7 +616,7 @@ def load_part(
             raise ValueError(f"it lacks {len(missing)} tensors, such as {min(missing)}")
         return aligned(loaded)
     except Exception as error:  # each library fails in ways of its own
-        raise UsageError(f"{name}: {part_problem(Path(name), part, args.variant, error)}") from error
+        raise UsageError(f"{name}: {part_problem(Path(name), part, args, error)}") from error
 
 
 def from_single_file(name: str, index: dict[str, Any], part: str, args: argparse.Namespace, dtype: torch.dtype) -> Any:
@@ -655,21 +656,26 @@ def is_lfs_pointer(path: str | Path) -> bool:
         return file.read(40).startswith(LFS_START)
 
 
-def part_problem(checkpoint: Path, part: str, variant: str | None, error: BaseException) -> str:
+def part_problem(checkpoint: Path, part: str, args: argparse.Namespace, error: BaseException) -> str:
     """Why a part could not be loaded, and what to do about it; libraries name neither the part nor the remedy."""
     folder = checkpoint / part
-    if checkpoint.is_dir() and not folder.is_dir():
+    if checkpoint.is_file():
+        return f"its {part} could not be loaded: {first_line(error)}; is --config a checkpoint of the same kind?"
+    if not checkpoint.is_dir():  # of the hub; without a network, what is in the cache
+        index = try_to_load_from_cache(str(checkpoint), "model_index.json", args.cache_dir, args.revision)
+        there = variants(Path(index).parent / part) if isinstance(index, str) else set()
+        if there and not there & {args.variant, None}:
+            return f"its {part} is in the cache only as the variant {max(there)}: give --variant {max(there)}"
+        return f"its {part} could not be loaded: {first_line(error)}"
+    if not folder.is_dir():
         return f"it has no folder {part}: copy the whole checkpoint"
-    if not folder.is_dir():  # a single file, or of the hub
-        remedy = "; is --config a checkpoint of the same kind?" * checkpoint.is_file()
-        return f"its {part} could not be loaded: {first_line(error)}{remedy}"
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         if is_lfs_pointer(file):
             return f"{part}/{file.name} is {LFS_POINTER}"
         if not file.stat().st_size:
             return f"{part}/{file.name} is empty: copy it again"
     there = variants(folder)
-    if not part.startswith(WITHOUT_WEIGHTS) and (folder / "config.json").is_file() and not there & {variant, None}:
+    if not part.startswith(WITHOUT_WEIGHTS) and (folder / "config.json").is_file() and not there & {args.variant, None}:
         found = f"only the variant {max(there)}: give --variant {max(there)}" if there else "no weights: copy them"
         return f"its {part} has {found}"
     if isinstance(error, ImportError):

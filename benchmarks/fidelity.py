@@ -29,106 +29,65 @@ from output import note_start, write_json  # noqa: E402
 PTQ = ["--max_train_steps=0"]
 QAT = ["--max_train_steps=600", "--use_ema"]  # all else is by default as in the original README
 SHORT = ["--max_train_steps=300", "--use_ema"]  # that has 300 steps, and so does make demo
-PUBLISHED = [*SHORT, "--keep_float", "--task_weight=1", "--mixed_precision=no", "--quantizer_learning_rate=0"]
-PUBLISHED += ["--learning_rate=1e-05", "--bias_learning_rate=1e-05", "--lr_scheduler=constant"]
-PUBLISHED += ["--proportion_empty_prompts=0"]
-FLOAT_CANDIDATES = {
-    "conv_in-conv_out": ["conv_in", "conv_out"],
-    "time_embedding": ["time_embedding"],
-    "time_emb_proj": [r".*\.time_emb_proj"],
-    "cross_kv": [r".*\.attn2\.to_[kv]"],
-    "conv_shortcut": [r".*\.conv_shortcut"],
-    "proj": [r".*\.proj_(in|out)"],
-    "ff2": [r".*\.ff\.net\.2"],
-}
+OPENVINO = "benchmarks/openvino_int8.py"
+FP32, BF16 = ["--dtype", "float32"], ["--dtype", "bfloat16"]
 SEEDS = (1, 2)  # of calibration and training, beside the default 0
-# differences from these are kept in the report
-BASELINES = ("bf16", "int8-ptq", "int8-ptq-bf16", "int8-ptq-unpaired", "int8-ptq-painting", "published")
-BASELINES += tuple(f"int8-ptq-seed-{seed}" for seed in SEEDS)
-BASELINES += ("int8-qat-unpaired", "openvino-int8", "openvino-int8-bf16")
+# Differences from these are kept in the report.
+BASELINES = ("bf16", "int8-ptq", "int8-ptq-bf16", "int8-ptq-unpaired", "int8-qat-unpaired")
+BASELINES += ("openvino-int8", "openvino-int8-bf16", *(f"int8-ptq-seed-{seed}" for seed in SEEDS))
 
 
 @dataclass
 class Variant:
-    """trainer: flags of the training, None for a full-precision picture; painter: flags of the painting;
-    alternative: of benchmarks/alternatives.py, instead of the script's own way."""
+    """training: flags of train_text_to_image_qat.py, None where there is none; generation: flags of `script`."""
 
-    trainer: list[str] | None
-    painter: list[str] = field(default_factory=lambda: ["--dtype", "float32"])
-    alternative: str | None = None
+    training: list[str] | None
+    generation: list[str] = field(default_factory=lambda: FP32)
+    script: str = "text2images.py"
 
 
 VARIANTS = {
     "fp32": Variant(None),
-    "bf16": Variant(None, ["--dtype", "bfloat16"]),  # the noise floor
-    "openvino-int8": Variant(None, alternative="nncf"),
-    "openvino-int8-bf16": Variant(None, ["--dtype", "bfloat16"], alternative="nncf"),
+    "bf16": Variant(None, BF16),  # the noise floor
+    "openvino-int8": Variant(None, FP32, OPENVINO),
+    "openvino-int8-bf16": Variant(None, BF16, OPENVINO),
     "int8-ptq": Variant(PTQ),
     "int8-qat": Variant(QAT),
-    "int8-ptq-bf16": Variant(PTQ, ["--dtype", "bfloat16"]),
-    "int8-qat-bf16": Variant(QAT, ["--dtype", "bfloat16"]),
-    "int8-ptq-unpaired": Variant(PTQ, ["--dtype", "float32", "--no_paired_guidance"]),
-    "int8-qat-unpaired": Variant(QAT, ["--dtype", "float32", "--no_paired_guidance"]),
+    "int8-ptq-bf16": Variant(PTQ, BF16),
+    "int8-qat-bf16": Variant(QAT, BF16),
+    "int8-ptq-unpaired": Variant(PTQ, [*FP32, "--no_paired_guidance"]),
+    "int8-qat-unpaired": Variant(QAT, [*FP32, "--no_paired_guidance"]),
     "int8-qat-300-steps": Variant(SHORT),
-    "int8-qat-1000-steps": Variant(["--max_train_steps=1000", "--use_ema"]),
-    # the published recipe: quantized outputs, moving ranges, every layer; and its quantizers without training
-    "published": Variant(PUBLISHED, alternative="random_timesteps+even_timesteps+one_rate+published"),
-    "published-ptq": Variant([*PUBLISHED, *PTQ], alternative="painting+published"),
-    # calibration, one thing at a time
-    "int8-ptq-all-min-max": Variant([*PTQ, "--keep_float"], alternative="painting+without_smoothing"),
-    "int8-ptq-all": Variant([*PTQ, "--keep_float"], alternative="painting"),
-    **{
-        f"int8-ptq-float-{name}": Variant([*PTQ, "--keep_float", *what], alternative="painting")
-        for name, what in FLOAT_CANDIDATES.items()
-    },
-    "int8-ptq-painting": Variant(PTQ, alternative="painting"),  # all of them, as by default
-    "int8-ptq-painting-without-smoothing": Variant(PTQ, alternative="painting+without_smoothing"),
-    "int8-ptq-painting-least-error": Variant(PTQ, alternative="painting+least_error"),
-    # training, one thing at a time
-    "int8-qat-painting": Variant(QAT, alternative="painting"),
-    "int8-qat-frozen-ranges": Variant([*QAT, "--quantizer_learning_rate=0"]),
-    "int8-qat-one-rate": Variant(QAT, alternative="one_rate"),
-    "int8-qat-cosine": Variant([*QAT, "--lr_scheduler=cosine"]),
-    "int8-qat-no-ema": Variant(["--max_train_steps=600"]),
-    "int8-qat-random-timesteps": Variant(QAT, alternative="random_timesteps"),
-    "int8-qat-even-timesteps": Variant(QAT, alternative="even_timesteps"),
-    "int8-qat-fixed-factors": Variant(QAT, alternative="fixed_factors"),
-    "int8-qat-mean-squared-error": Variant(QAT, alternative="mean_squared_error"),
-    "int8-qat-feature-kd": Variant([*QAT, "--feature_kd_weight=0.1"]),
-    "int8-qat-task-loss": Variant([*QAT, "--task_weight=0.1"]),
     **{f"int8-ptq-seed-{seed}": Variant([*PTQ, f"--seed={seed}"]) for seed in SEEDS},
     **{f"int8-qat-seed-{seed}": Variant([*QAT, f"--seed={seed}"]) for seed in SEEDS},
 }
 
 
-def run(script: str, *flags: str | Path | int | float, alternative: str | None = None) -> float:
+def run(script: str, *flags: str | Path | int | float) -> float:
     """Run a script; returns its seconds."""
     began = time.monotonic()
-    command = [script] if alternative is None else ["benchmarks/alternatives.py", alternative, script]
-    subprocess.run([sys.executable, *command, *map(str, flags)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, check=True)
     return time.monotonic() - began
 
 
 def train(variant: Variant, args: argparse.Namespace) -> tuple[Path, float]:
     """Its quant_model.pt, and the seconds it took; variants that are trained in the same way share it."""
-    words = [flag.lstrip("-") for flag in ([variant.alternative] if variant.alternative else []) + variant.trainer]
-    folder = args.work_dir / f"trained {' '.join(words)}".replace("\\", "").replace("*", "_").replace("|", "_")
+    folder = args.work_dir / f"trained {' '.join(flag.lstrip('-') for flag in variant.training)}"
     seconds = folder / "seconds.json"
     if not seconds.is_file():
         shutil.rmtree(folder, ignore_errors=True)
         data = ["--train_data_dir", args.train_data_dir, "--resolution=64", "--train_batch_size=4", "--use_cpu"]
         data += ["--center_crop", "--random_flip", "--report_to=none", "--checkpointing_steps=1000000"]
         model = ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
-        what = [*model, *data, *variant.trainer, "--output_dir", folder]
-        took = run("train_text_to_image_qat.py", *what, alternative=variant.alternative)
+        took = run("train_text_to_image_qat.py", *model, *data, *variant.training, "--output_dir", folder)
         seconds.write_text(json.dumps(took))
     return folder / "quant_model.pt", json.loads(seconds.read_text())
 
 
-def paint(name: str, variant: Variant, args: argparse.Namespace) -> tuple[Path, float | None]:
-    """The folder of the variant's pictures, and the seconds of its training."""
+def generate(name: str, variant: Variant, args: argparse.Namespace) -> tuple[Path, float | None]:
+    """The folder of the variant's images, and the seconds of its training."""
     quantized, seconds = [], None
-    if variant.trainer is not None:
+    if variant.training is not None:
         file, seconds = train(variant, args)
         quantized = ["-qm", file]
     folder = args.work_dir / name
@@ -137,8 +96,9 @@ def paint(name: str, variant: Variant, args: argparse.Namespace) -> tuple[Path, 
         shutil.rmtree(partial, ignore_errors=True)
         what = ["--captions_file", args.captions_file, "-n", args.images_num, "--batch_size", 16]
         how = ["--num_inference_steps", args.num_inference_steps, "--guidance_scale", args.guidance_scale]
-        model = ["-m", args.pretrained_model_name_or_path, *quantized, *variant.painter]
-        run("text2images.py", *model, *what, *how, "--output_dir", partial, alternative=variant.alternative)
+        model = ["-m", args.pretrained_model_name_or_path, *quantized, *variant.generation]
+        scenes = ["--scenes", args.train_data_dir] if variant.script == OPENVINO else []
+        run(variant.script, *scenes, *model, *what, *how, "--output_dir", partial)
         partial.rename(folder)
     return folder, seconds
 
@@ -182,12 +142,12 @@ def main() -> None:
     note_start(args.work_dir)
     names = ["fp32", *sorted(set(args.variants) - {"fp32"}, key=list(VARIANTS).index)]
     names.sort(key=lambda name: name == "int8-qat")  # the contact sheet is of the last one
-    painted = {name: paint(name, VARIANTS[name], args) for name in names}
+    generated = {name: generate(name, VARIANTS[name], args) for name in names}
     lpips = [] if args.lpips_weights is None else ["--lpips_weights", args.lpips_weights]
-    run("evaluate.py", *(folder for folder, _ in painted.values()), "--output_dir", args.work_dir, *lpips)
+    run("evaluate.py", *(folder for folder, _ in generated.values()), "--output_dir", args.work_dir, *lpips)
     report = json.loads((args.work_dir / "report.json").read_text())
-    shown = caption_accuracies([folder for folder, _ in painted.values()])
-    for row, (name, (_, seconds)), percent in zip(report["folders"], painted.items(), shown):
+    shown = caption_accuracies([folder for folder, _ in generated.values()])
+    for row, (name, (_, seconds)), percent in zip(report["folders"], generated.items(), shown):
         row |= {"folder": name, "training_seconds": seconds, "caption_accuracy": percent}
         print(f"{name}: {row['caption_accuracy']:.1f} % of what the captions ask for")
     report["reference"] = "fp32"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import random
 import resource
 import statistics
@@ -26,9 +25,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from output import write_json
+from output import ROOT, cores, write_json
+from timing import ratio, spread
 
-ROOT = Path(__file__).resolve().parents[1]
 READ = "for folder, _, names in os.walk(sys.argv[1]):\n for name in names:\n  if name.endswith('.txt'):\n   "
 READ = "import os, sys\n" + READ + "with open(os.path.join(folder, name), 'rb') as file: file.read()"
 
@@ -65,10 +64,10 @@ def measure(commands: dict[str, list[str]], pairs: int, rounds: int) -> list[dic
     for name, each in times.items():
         wall, cpu = ([seconds[index] for seconds in each] for index in range(2))
         row = {"name": name, "pairs": pairs, "seconds": round(statistics.median(wall), 3)}
-        row["spread"] = round((max(wall) - min(wall)) / statistics.median(wall), 3)
+        row["spread"] = round(spread(wall), 3)
         row["cpu_seconds"] = round(statistics.median(cpu), 3)
         for index, key in enumerate(("ratio", "cpu_ratio")):
-            row[key] = round(statistics.median(ours[index] / base[index] for ours, base in zip(each, first)), 2)
+            row[key] = round(ratio(*([seconds[index] for seconds in times] for times in (each, first))), 2)
         rows.append(row)
     return rows
 
@@ -81,7 +80,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scratch", type=Path, help="where the pairs are made; by default the system's folder")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     args = parser.parse_args(argv)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         tiny, large = f"{scratch}/tiny", f"{scratch}/large"
         make_pairs(Path(tiny), args.pairs, 32)
@@ -90,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         commands = {"one pass over every .txt": ["-c", READ, tiny], "--no_verify": [*script, tiny, "--no_verify"]}
         rows = measure(commands, args.pairs, args.rounds)
         workers = {
-            f"every image decoded, --num_workers {n}": [*script, large, "--num_workers", f"{n}"] for n in (1, cores)
+            f"every image decoded, --num_workers {n}": [*script, large, "--num_workers", f"{n}"] for n in (1, cores())
         }
         rows += measure(workers, args.large_pairs, args.rounds)
     for row in rows:

@@ -31,18 +31,22 @@ def machine() -> dict[str, Any]:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
     flags = set(facts.get("flags", facts.get("Features", "")).split())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch = sys.modules.get("torch")  # not imported here: it takes seconds
-    threads = torch.get_num_threads() if torch else int(os.environ.get("OMP_NUM_THREADS", cores))
+    threads = torch.get_num_threads() if torch else int(os.environ.get("OMP_NUM_THREADS", cores()))
     return {
         "cpu": facts.get("model name") or platform.processor() or platform.machine(),
         "cpu_id": " ".join(facts.get(key, "?") for key in ("vendor_id", "cpu family", "model", "stepping")),
         "flags": [flag for flag in FLAGS if flag in flags],
-        "cores": cores,
+        "cores": cores(),
         "threads": threads,
         "memory_gib": memory_gib(),
         "system": platform.system(),
     }
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def memory_gib() -> float | None:

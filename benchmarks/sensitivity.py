@@ -137,13 +137,13 @@ class Replay:
     def changed(self, name: str, layer: nn.Module) -> torch.Tensor:
         """The output with `layer` in the place of `name`."""
         original, skipped = self.unet.get_submodule(name), self.done[: self.before[name]]
-        trainer.swap(self.unet, name, layer)
+        trainer.replace_module(self.unet, name, layer)
         for block, output in skipped:
             block.forward = lambda *_, output=output, **__: output
         changed = self.unet(*self.inputs).sample
         for block, _ in skipped:
             del block.forward
-        trainer.swap(self.unet, name, original)
+        trainer.replace_module(self.unet, name, original)
         return changed
 
 
@@ -177,7 +177,7 @@ def measure(args: argparse.Namespace) -> dict:
     pipeline = trainer.load_pipeline(settings, accelerator)
     dataset = trainer.load_dataset(settings, pipeline.tokenizers)
     unet = pipeline.unet.to(memory_format=torch.channels_last).eval()
-    recipe = trainer.recipe(settings, unet)
+    recipe = trainer.quantization_config(settings, unet)
     students = {}
     for key, config in {"int8": trainer.Int8Config(), "weights": trainer.WEIGHT_ONLY, "default": recipe}.items():
         students[key] = trainer.prepare(copy.deepcopy(unet), config)

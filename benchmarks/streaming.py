@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
@@ -122,16 +123,12 @@ def read_over(folder: Path, samples: int) -> dict:
 
 
 def train(folder: Path, steps: int, output_dir: Path) -> dict:
-    marks, after_step = [], trainer.after_step
-
-    def noted(*arguments: object) -> None:
-        marks.append((len(marks), time.perf_counter(), *usage()))
-        after_step(*arguments)
-
-    trainer.after_step = noted
+    marks: list[tuple[int, float, float, float]] = []
+    hook = register_optimizer_step_post_hook(lambda *_: marks.append((len(marks), time.perf_counter(), *usage())))
     command = [*flags(folder), "--max_train_steps", str(steps), "--train_batch_size", "4", "--output_dir"]
     command += [str(output_dir), "--use_ema", "--use_cpu", "--report_to", "none", "--calibration_steps", "20"]
     trainer.main([*command, "--checkpointing_steps", "1000000"])
+    hook.remove()
     return row("training the bundled model", 4, steps, marks)
 
 
@@ -143,7 +140,7 @@ def start_on_folder(folder: Path, rows: int) -> dict:
             file.write(json.dumps(line) + "\n")
     began = time.perf_counter()
     pairs = trainer.read_metadata(folder, "file_name", "text")
-    next(iter(trainer.MicroBatches(len(pairs), 4, 0, range(1))))
+    next(iter(trainer.ResumableBatchSampler(len(pairs), 4, 0, range(1))))
     return {"what": "start on a picture folder", "samples": rows, "seconds": round(time.perf_counter() - began, 2)}
 
 

@@ -238,17 +238,26 @@ def attention(result: Row) -> Content:
     return content
 
 
-def whole_runs(result: Row) -> Content:
-    content = Content(["UNet, denoising steps", "s", "to fp32", "until the first step, s", "peak GiB"])
+def whole_runs(result: Row, parts: dict[str, str]) -> Content:
+    """parts: headings of the seconds that a run's time is made of, by key."""
+    content = Content(["UNet, denoising steps", "s", "to fp32", *parts.values(), "peak GiB"])
     for row in result.get("rows", []):
-        cells = [number(row["seconds"], 1), number(row["ratio_to_fp32"]), number(row["first_step_seconds"], 1)]
+        cells = [number(row["seconds"], 1), number(row["ratio_to_fp32"])]
+        cells += [number(row[key], 2 if key == "step_seconds" else 1) for key in parts]
         content.rows.append([f"{row['name']}, {row['steps']}", *cells, number(row["peak_gib"])])
     content.missing = [] if content.rows else ["whole runs (end_to_end.py)"]
     return content
 
 
-table("end-to-end", "end_to_end.json", scripts=(GENERATE, "benchmarks/end_to_end.py"))(whole_runs)
-table("pytorch-kernels-end-to-end", "archive/end_to_end_pytorch_kernels.json")(whole_runs)
+@table("end-to-end", "end_to_end.json", scripts=(GENERATE, "benchmarks/end_to_end.py"))
+def end_to_end(result: Row) -> Content:
+    parts = {"start_seconds": "start, s", "step_seconds": "s/step", "text_and_vae_seconds": "text encoder and VAE, s"}
+    return whole_runs(result, parts)
+
+
+@table("pytorch-kernels-end-to-end", "archive/end_to_end_pytorch_kernels.json")
+def pytorch_end_to_end(result: Row) -> Content:
+    return whole_runs(result, {"first_step_seconds": "until the first step, s"})
 
 
 @table("metadata", "metadata.json", scripts=("create_metadata.py", "benchmarks/metadata.py"))
@@ -345,7 +354,6 @@ VARIANTS = {
     "bf16": "bf16",
     "openvino-int8": "OpenVINO's own int8 (NNCF), the rest in fp32",
     "openvino-int8-bf16": "OpenVINO's own int8 (NNCF), the rest in bf16",
-    "published": "the published recipe (simulated), 300 steps",
     "int8-ptq": "int8, calibrated, the rest in fp32",
     "int8-qat-300-steps": "int8, 300 steps of training, the rest in fp32",
     "int8-qat": "int8, 600 steps of training, the rest in fp32",
@@ -354,6 +362,7 @@ VARIANTS = {
     "int8-ptq-unpaired": "int8, calibrated, `--no_paired_guidance`, the rest in fp32",
     "int8-qat-unpaired": "int8, 600 steps, `--no_paired_guidance`, the rest in fp32",
 }
+SEED_VARIANTS = tuple(f"int8-{how}-seed-{seed}" for seed in (1, 2) for how in ("ptq", "qat"))
 
 
 def closeness(result: Row, names: dict[str, str]) -> Content:
@@ -510,7 +519,8 @@ for place in ("epyc", "amx", "amx_paired", "without_amx"):
 
 @table("pytorch-kernels-fidelity", "archive/fidelity_pytorch_kernels.json")
 def pytorch_fidelity(result: Row) -> Content:
-    return closeness(result, VARIANTS)
+    bf16, published = {"bf16": "bf16"}, {"published": "the published recipe (simulated), 300 steps"}
+    return closeness(result, bf16 | published | VARIANTS)
 
 
 @table(

@@ -33,13 +33,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from torch.ao.quantization import default_fake_quant, default_per_channel_weight_fake_quant
+from transformers import CLIPTextModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import full_size  # noqa: E402
+import timing  # noqa: E402
 import train_text_to_image_qat as trainer  # noqa: E402
-from alternatives import publish  # noqa: E402
 from output import kept_rows, write_json  # noqa: E402
 
 PARTS = ("student_forward", "teacher", "backward")
@@ -91,13 +93,37 @@ class Variant:
         return dict(zip(("teacher", "student_forward", "backward"), seconds))
 
 
+class PublishedLayer(nn.Module):
+    """A Linear or Conv2d as the original recipe's neural-compressor 2.x trains it.
+
+    Input, weight and output are fake-quantized, by ranges that move with every forward pass.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input, self.output = (default_fake_quant(reduce_range=False) for _ in range(2))
+        self.quantized_weight = default_per_channel_weight_fake_quant()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, weight = self.input(x.float()), self.quantized_weight(self.layer.weight)
+        if isinstance(self.layer, nn.Conv2d):
+            return self.output(self.layer._conv_forward(x, weight, self.layer.bias).float())
+        return self.output(F.linear(x, weight, self.layer.bias).float())
+
+
+def publish(unet: nn.Module) -> None:
+    """Make every Linear and Conv2d a PublishedLayer."""
+    for name, layer in list(unet.named_modules()):
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            unet.set_submodule(name, PublishedLayer(layer))
+
+
 def load_unet(args: argparse.Namespace) -> UNet2DConditionModel:
     if args.unet is not None:
         return UNet2DConditionModel.from_pretrained(args.unet)
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=64, cross_attention_dim=768, attention_head_dim=8, layers_per_block=args.layers_per_block
-    )
+    return UNet2DConditionModel(**full_size.SD15_UNET, layers_per_block=args.layers_per_block)
 
 
 def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -119,7 +145,7 @@ def make_variants(names: list[str], args: argparse.Namespace, own_teacher: bool)
     """The variants over shared master weights; fp32 teachers share these too, unless memory is what is measured."""
     cpu, unet, teacher = Cpu(args.mixed_precision), load_unet(args), None
     if set(names) & {BASE, EAGER, OURS}:
-        teacher, unet = trainer.split(unet, cpu)
+        teacher, unet = trainer.make_teacher_and_student(unet, cpu)
     unet = unet.train().to(memory_format=torch.channels_last)
     variants = []
     for name in names:
@@ -141,12 +167,12 @@ def make_variants(names: list[str], args: argparse.Namespace, own_teacher: bool)
 
 def quantized(student: UNet2DConditionModel, cpu: Cpu) -> nn.Module:
     """The default recipe, with ranges from a single pass; the channel factors, which do not change the time, stay 1."""
-    student = trainer.prepare(student, trainer.recipe(trainer_flags(), student))
+    student = trainer.prepare(student, trainer.quantization_config(trainer_flags(), student))
     trainer.set_mode(student, "observe")
     with torch.no_grad(), cpu.autocast():
         student(*make_inputs(student, 1, 16))
-    for quantizer in trainer.input_quantizers(student):
-        quantizer.freeze_range()
+    for quantizer in trainer.activation_quantizers(student):
+        quantizer.compute_qparams()
     trainer.set_mode(student, "quantize")
     return student.train()
 
@@ -159,13 +185,13 @@ class Update:
     """Clipping, AdamW and EMA, as the trainer has them."""
 
     def __init__(self, student: UNet2DConditionModel, args: argparse.Namespace) -> None:
-        self.trainer = trainer.make_trainer(student, 1000, Cpu(args.mixed_precision), trainer_flags())
+        self.trainer = trainer.create_train_state(student, 1000, Cpu(args.mixed_precision), trainer_flags())
 
     def __call__(self) -> float:
         began = time.perf_counter()
         nn.utils.clip_grad_norm_(self.trainer.student.parameters(), 1.0)
         self.trainer.optimizer.step()
-        self.trainer.update_ema()
+        self.trainer.update_average()
         self.trainer.optimizer.zero_grad()
         return time.perf_counter() - began
 
@@ -185,7 +211,7 @@ def print_peak(args: argparse.Namespace) -> None:
         for batch, edge in ((1, 16), (args.batch_size, args.edge)):  # a small step first: the optimizer's state
             variant.forward_backward(make_inputs(variant.student, batch, edge))
             update()
-        print(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
+        print(round(timing.peak_gib(), 2))
     except RuntimeError as error:
         if "allocate memory" not in str(error):
             raise
@@ -223,10 +249,7 @@ def encoding(args: argparse.Namespace) -> list[float]:
         vae = AutoencoderKL.from_pretrained(args.unet.parent, subfolder="vae")
         text_encoder = CLIPTextModel.from_pretrained(args.unet.parent, subfolder="text_encoder")
     else:
-        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-        vae = AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
-        sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-        text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49408, **sizes))
+        vae, text_encoder = full_size.vae(), CLIPTextModel(full_size.text_config())
     pipeline = argparse.Namespace(vae=vae.to(memory_format=torch.channels_last), text_encoders=[text_encoder])
     edge, words = 8 * args.edge, torch.randint(text_encoder.config.vocab_size, (args.batch_size, 1, 77))
     batch, seconds = {"pixel_values": torch.rand(args.batch_size, 3, edge, edge), "input_ids": words}, []
@@ -245,14 +268,14 @@ def make_rows(rounds: dict, updates: list[float], setting: dict) -> list[dict]:
     for name, seconds in totals.items():
         median = statistics.median(seconds)
         row = {"name": name, **setting, "seconds": round(median, 3)}
-        row["spread"] = round((max(seconds) - min(seconds)) / median, 3)
+        row["spread"] = round(timing.spread(seconds), 3)
         for other, key in (
             (PLAIN, "ratio_to_plain"),
             (BASE, "ratio_to_plain_and_teacher"),
             (ORIGINAL, "ratio_to_original"),
         ):
             if other in totals:
-                row[key] = round(statistics.median(a / b for a, b in zip(seconds, totals[other])), 3)
+                row[key] = round(timing.ratio(seconds, totals[other]), 3)
         for part in PARTS:
             row[part] = round(statistics.median(parts[part] for parts in rounds[name]), 3)
         rows.append({**row, "optimizer_and_ema": round(update, 3)})
@@ -297,8 +320,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.measure != "memory":
         rows = make_rows(*timed(names, args), setting)
         seconds = encoding(args)
-        median, spread = statistics.median(seconds), max(seconds) - min(seconds)
-        rows.append({"name": ENCODING, **setting, "seconds": round(median, 3), "spread": round(spread / median, 3)})
+        row = {"seconds": round(statistics.median(seconds), 3), "spread": round(timing.spread(seconds), 3)}
+        rows.append({"name": ENCODING, **setting, **row})
     for row in rows:
         row["peak_gib"] = peaks.get(row["name"], earlier.get(row["name"], {}).get("peak_gib"))
     for row in rows:

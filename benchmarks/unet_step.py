@@ -17,7 +17,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -35,10 +34,11 @@ import torch.nn as nn  # noqa: E402
 from diffusers import UNet2DConditionModel  # noqa: E402
 
 import text2images  # noqa: E402
+from full_size import SD15_UNET  # noqa: E402
 from output import kept_rows, write_json  # noqa: E402
+from timing import peak_gib, spread  # noqa: E402
 
 Step = Callable[[], Any]
-SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are the class's defaults
 
 
 # ---------------------------------------------------------------- the models on disk
@@ -52,7 +52,7 @@ def write_unet(args: argparse.Namespace) -> Path:
     if not folder.is_dir():
         torch.manual_seed(0)
         partial = folder.with_suffix(".partial")
-        UNet2DConditionModel(**SD15).save_pretrained(partial)
+        UNet2DConditionModel(**SD15_UNET).save_pretrained(partial)
         partial.rename(folder)
     return folder
 
@@ -82,12 +82,12 @@ def write_ours(args: argparse.Namespace) -> Path:
 
     unet = load_fp32(args)
     names = {"keep_float": trainer.DEFAULT_KEEP_FLOAT, "weight_only": trainer.DEFAULT_WEIGHT_ONLY}
-    config = trainer.recipe(argparse.Namespace(**names, quantization_config=None), unet)
+    config = trainer.quantization_config(argparse.Namespace(**names, quantization_config=None), unet)
     student = prepare(unet, config)
     trainer.set_mode(student, "observe")
     with torch.no_grad():
         student(*example(args, unet.config, torch.float32))
-    trainer.set_ranges(student)
+    trainer.finish_calibration(student)
     state_dict = {name: tensor.contiguous() for name, tensor in convert(student).state_dict().items()}
     unet_config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     payload = {"format": "sd-unet-int8", "format_version": 1, "unet_config": unet_config, "state_dict": state_dict}
@@ -244,13 +244,6 @@ def file_mb(name: str, args: argparse.Namespace) -> float | None:
     return round(path.stat().st_size / 1e6, 1)
 
 
-def peak_gib() -> float:
-    """Of this process alone: getrusage would count what its parent held when it started it."""
-    status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.M) if status.is_file() else None
-    return int(found[1]) / 2**20 if found else text2images.peak_memory_gib()
-
-
 def profile(name: str, step: Step, top: int = 12) -> list[dict[str, Any]]:
     """The operators that one step's time goes to, longest first."""
     seconds: Counter[str] = Counter()
@@ -282,7 +275,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, l
     for name, times in seconds.items():
         wall, cpu = ([one[clock] for one in times] for clock in (0, 1))
         row = {"name": name, "batch": args.shape[0], "latents": args.shape[1], "seconds": statistics.median(wall)}
-        row |= {"spread": (max(wall) - min(wall)) / row["seconds"], "cpu_seconds": statistics.median(cpu)}
+        row |= {"spread": spread(wall), "cpu_seconds": statistics.median(cpu)}
         for clock in ("", "cpu_"):
             fp32 = rows[0] if rows else row
             row[f"{clock}ratio_to_fp32"] = row[f"{clock}seconds"] / fp32[f"{clock}seconds"]

@@ -13,6 +13,7 @@ import multiprocessing
 import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,6 +45,7 @@ SIZE = 32  # pixels of a picture of the tiny model
 FORKS = multiprocessing.get_context("forkserver")  # starts processes that have the libraries loaded already
 FORKS.set_forkserver_preload(["train_text_to_image_qat", "tensorboard", "datasets"])
 
+pytest.register_assert_rewrite("models", "data")  # what several test files share
 torch.set_num_threads(1)
 # A forked data worker that collects OpenVINO's objects, left by an earlier test, hangs or crashes: it lacks their
 # threads. What was there before a fork is not collected after it.
@@ -136,6 +138,16 @@ def tiny_xl_pipeline(**options: Any) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(**(parts | options), add_watermarker=False)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what an int8 kernel must be exact for; with REQUIRE_KERNELS=1, for CI, that fails instead."""
+    if item.get_closest_marker("exact_kernels"):
+        import text2images  # only here: it takes seconds
+
+        if not text2images.kernels_are_exact("CPU"):
+            refuse = pytest.fail if os.environ.get("REQUIRE_KERNELS") == "1" else pytest.skip
+            refuse("OpenVINO has no exact int8 kernels on this CPU (no VNNI)")
+
+
 @pytest.fixture(scope="session")
 def xl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("xl")
@@ -169,6 +181,23 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append(f'{{"file_name": "{index:04d}.jpg", "text": "picture number {index}"}}\n')
     (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without weights, and without a network."""
+    import huggingface_hub
+
+    import evaluate
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(evaluate, "CLIP", "nobody/has-this")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # or nothing would be tried anyway
+    for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("something was to be downloaded"))
+    (tmp_path / "torch/hub/checkpoints").mkdir(parents=True)
+    return tmp_path / "torch/hub/checkpoints"
 
 
 def reset_accelerate() -> None:
@@ -225,7 +254,7 @@ def xl_quant_model(xl_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPa
 
 
 def batch_of(replaced: torch.Tensor) -> dict[str, Any]:
-    """What Watch looks at in a batch, for that many pictures that were put in the place of unreadable ones."""
+    """What RunMonitor reads of a batch in which so many unreadable images were replaced."""
     failures = ["a.jpg: spoilt" if count else "" for count in replaced.tolist()]
     return {"replaced": replaced, "failure": failures, "captioned": torch.ones(len(replaced), dtype=torch.bool)}
 
@@ -276,7 +305,7 @@ def start(
 ) -> Iterator[Callable[..., BaseProcess]]:
     """Start the trainer on (output_dir, *flags) in a process of its own."""
     processes: list[BaseProcess] = []
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")  # for what is loaded beforehand
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests:{ROOT}/tests/robustness")  # for what is loaded beforehand
 
     def run(
         output_dir: Path, *flags: str, largest_file: int | None = None, hook: Any = None, **environment: str

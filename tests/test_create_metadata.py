@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import create_metadata as cm
+from data import collect
 from dirty_corpus import burdened, encoded, ftyp, huge_png, png_with
 
 SCRIPT = Path(cm.__file__)
@@ -40,14 +41,6 @@ def put(folder: Path, name: str, content: bytes | str) -> Path:
 def put_pair(folder: Path, name: str, caption: bytes | str = "a caption", image: bytes = JPEG) -> None:
     put(folder, name, image)
     put(folder, os.path.splitext(name)[0] + ".txt", caption)
-
-
-def collect(folder: Path, *flags: str) -> tuple[list[tuple[str, str]], dict[str, int], dict[str, int]]:
-    """The rows that would be written, the counts of what is left out, and the counts of what is remarked on."""
-    args = cm.parse_args(["-p", str(folder), *flags])
-    left_out, remarks = cm.Tally(), cm.Tally()
-    rows = cm.check_pairs(cm.find_pairs(args, left_out, remarks), args, left_out, remarks)
-    return rows, dict(left_out.counts), dict(remarks.counts)
 
 
 def written(folder: Path, name: str = "metadata.jsonl") -> list[tuple[str, str]]:
@@ -135,9 +128,12 @@ def test_caption(tmp_path, data, text):
     assert collect(tmp_path) == ([("a.jpg", text)], {}, {})
 
 
-def test_latin1_caption_is_written_and_counted(tmp_path):
-    put_pair(tmp_path, "a.jpg", "café à Zürich".encode("latin-1"))
-    assert collect(tmp_path) == ([("a.jpg", "café à Zürich")], {}, {cm.LATIN1: 1})
+@pytest.mark.parametrize(
+    ("text", "encoding"), [("café à Zürich", "latin-1"), ("“Zürich” – 5 €", "cp1252"), ("\x81é", "latin-1")]
+)
+def test_a_caption_in_the_encoding_of_windows_is_written_and_counted(tmp_path, text, encoding):
+    put_pair(tmp_path, "a.jpg", text.encode(encoding))
+    assert collect(tmp_path) == ([("a.jpg", text)], {}, {cm.ANSI: 1})
 
 
 @pytest.mark.parametrize(
@@ -216,7 +212,7 @@ def test_dot_caption_files(tmp_path):
     rows, left_out, remarks = collect(tmp_path, "--caption_from_json")
     assert rows == [("a.jpg", "café"), ("b.jpg", "upper"), ("both.jpg", "from txt")]
     assert left_out == {cm.SECOND_CAPTION: 1, cm.EMPTY_CAPTION: 1, cm.NO_IMAGE: 1}
-    assert remarks == {cm.DOT_CAPTION: 2, cm.LATIN1: 1}
+    assert remarks == {cm.DOT_CAPTION: 2, cm.ANSI: 1}
 
 
 JSON_CAPTIONS = {
@@ -233,6 +229,9 @@ JSON_CAPTIONS = {
     '{"text": ["", " one "]}': "one",
     '"a string"': "a string",
     '["one", "two"]': ["one", "two"],
+    '[{"caption": "one"}, {"text": "two", "id": 7}, {"caption": null}]': ["one", "two"],
+    '{"caption": [["one"], {"caption": ["two"]}]}': ["one", "two"],
+    '[{"caption": 1984}]': "1984",
     "1984": "1984",
 }
 JSON_REASONS = {
@@ -250,8 +249,9 @@ JSON_REASONS = {
     '{"caption": {}}': cm.ODD_JSON + "dict",
     "[1]": cm.ODD_JSON + "list of number",
     '["a", 1.5]': cm.ODD_JSON + "list of number",
-    '{"caption": [["a"]]}': cm.ODD_JSON + "list of list",
-    '[{"caption": "a"}]': cm.ODD_JSON + "list of dict",
+    '{"caption": ["a", [1]]}': cm.ODD_JSON + "list of number",
+    '{"caption": ["a", true]}': cm.ODD_JSON + "bool",
+    '[{"caption": "a"}, {"url": "b"}]': cm.ODD_JSON + "dict",
     '{"caption": "x': cm.BAD_JSON,
     "": cm.BAD_JSON,
     "[" * 100_000: cm.BAD_JSON,
@@ -292,7 +292,7 @@ def test_json_is_read_on_request_and_after_txt(tmp_path):
     put(tmp_path, "a.json", '{"caption": "from json"}')
     put_pair(tmp_path, "txt first.jpg", "from txt")
     put(tmp_path, "txt first.json", '{"caption": "from json"}')
-    assert collect(tmp_path) == ([("txt first.jpg", "from txt")], {cm.NO_CAPTION: 1}, {})
+    assert collect(tmp_path) == ([("txt first.jpg", "from txt")], {cm.ONLY_JSON: 1}, {})
     rows = [("a.jpg", "from json"), ("txt first.jpg", "from txt")]
     assert collect(tmp_path, "--caption_from_json") == (rows, {}, {})
 
@@ -550,10 +550,34 @@ def test_img2dataset_layout_with_holes(tmp_path):
         "00001/000010001.jpg",
     ]
     assert rows[3][1] == "caption 00001 1"
-    assert (left_out, remarks) == ({cm.NO_CAPTION: 1, cm.NO_IMAGE: 1}, {})
+    assert (left_out, remarks) == ({cm.ONLY_JSON: 1, cm.NO_IMAGE: 1}, {})
 
 
-def test_stems_do_not_pair_across_folders_or_letter_case(tmp_path):
+def test_names_that_differ_in_spelling_only_are_a_pair(tmp_path):
+    """As they are on Windows and macOS; but what fits several, or has its own, is left alone."""
+    put_pair(tmp_path, "exact.jpg", "exact")
+    for image, caption in {
+        "\u00e9.jpg": "e\u0301.txt",
+        "n\u0303/x.jpg": "\u00f1/x.txt",
+        "Cat.JPG": "cat.TXT",
+        "0.jpg": "0.jpg.txt",
+        "exact.png": "Exact.txt",
+        "two.jpg": "Two.txt",
+        "three.jpg": "other/three.txt",
+    }.items():
+        put(tmp_path, image, JPEG)
+        put(tmp_path, caption, image)
+    put(tmp_path, "TWO.txt", "which?")
+    put_pair(tmp_path, "A.jpg", "upper")
+    put_pair(tmp_path, "a.jpg", "lower")
+    names = ["0.jpg", "Cat.JPG", "n\u0303/x.jpg", "\u00e9.jpg"]
+    rows, left_out, remarks = collect(tmp_path)
+    assert rows == sorted([("exact.jpg", "exact"), ("A.jpg", "upper"), ("a.jpg", "lower"), *((n, n) for n in names)])
+    assert left_out == {cm.NO_CAPTION: 2, cm.NO_IMAGE: 4, cm.SECOND_IMAGE: 1}
+    assert remarks == {cm.OTHER_SPELLING: 4}
+
+
+def test_stems_do_not_pair_across_folders(tmp_path):
     put_pair(tmp_path, "good.jpg")
     put(tmp_path, "a/x.jpg", JPEG)
     put(tmp_path, "b/x.txt", "not for a/x.jpg")
@@ -703,7 +727,7 @@ def test_closing_report(tmp_path, caplog):
         (cm.TOO_LARGE, "bomb.png"),
         (cm.EMPTY_CAPTION, "empty caption.jpg"),
         (cm.NO_IMAGE, "no image.txt"),
-        (cm.LATIN1, "latin.jpg"),
+        (cm.ANSI, "latin.jpg"),
     ]:
         assert f"        1  {reason}: {name!r}" in lines
     assert f"4 pairs written to {tmp_path}/metadata.jsonl, every image decoded" in lines
@@ -840,21 +864,20 @@ TRAIN = "train_text_to_image_qat.py"
         ("00000.tar", f"train on it as it is: {TRAIN} --streaming --max_train_steps N --train_data_dir {{}}"),
         ("pairs.zip", "unpack it"),
         ("pairs.tar.gz", "unpack it"),
-        ("train.parquet", f"{TRAIN} --dataset_name {{}} reads it"),
-        ("data-00000-of-00001.arrow", f"{TRAIN} --dataset_name {{}} reads it"),
-        ("metadata.jsonl", f"{TRAIN} --train_data_dir {{}} reads it"),
-        ("metadata.csv", f"{TRAIN} --train_data_dir {{}} reads it"),
-        ("metadata.parquet", f"{TRAIN} --train_data_dir {{}} reads it"),
-        ("captions.csv", "perhaps {!r}"),
-        ("0.jpg", "perhaps {!r}"),
+        ("train.parquet", f"needs no metadata: {TRAIN} --train_data_dir {{}}train.parquet reads it"),
+        ("data-00000-of-00001.arrow", f"{TRAIN} --train_data_dir {{}}data-00000-of-00001.arrow reads it"),
+        ("metadata.jsonl", f"{TRAIN} --train_data_dir {{}}metadata.jsonl reads it"),
+        ("captions.csv", f"{TRAIN} --train_data_dir {{}}captions.csv reads it"),
+        ("0.jpg", "perhaps '{}'"),
     ],
 )
 def test_a_file_in_the_place_of_the_folder(tmp_path, capsys, monkeypatch, name, remedy):
     put(tmp_path, name, "")
     message = error_line(capsys, "-p", str(tmp_path / name))
-    assert f"'{tmp_path}/{name}' is not a folder" in message and remedy.format(str(tmp_path)) in message
+    slash = "/" if "{}" + name in remedy else ""
+    assert f"'{tmp_path}/{name}' is not a folder" in message and remedy.format(f"{tmp_path}{slash}") in message
     monkeypatch.chdir(tmp_path)
-    assert remedy.format(".") in error_line(capsys, "-p", name)
+    assert remedy.format("" if slash else ".") in error_line(capsys, "-p", name)
     assert os.listdir(tmp_path) == [name]
 
 
@@ -892,9 +915,8 @@ NOTHING_USABLE = {
     "parquet": (["data/train.parquet"], [], f"{TRAIN} --dataset_name {{}} reads"),
     "save_to_disk": (["state.json", "dataset_info.json", "data.arrow"], [], f"{TRAIN} --dataset_name {{}} reads"),
     "archive": (["pairs.zip", "README.md"], [], "unpack 'pairs.zip' first"),
-    "json": (["0.jpg", "0.json", "1.jpg"], [], "'0.json' and the like are read with --caption_from_json"),
+    "json": (["0.jpg", "0.json", "1.jpg", "1.json"], [], "2 image without .txt or .caption, but with a .json (--capt"),
     "json, asked for": (["0.jpg", "0.json"], ["--caption_from_json"], 'must hold {{"caption": "text"}}'),
-    "second extension": (["0.jpg", "0.jpg.txt"], [], "rename '0.jpg.txt' to '0.txt'"),
     "other folder": (
         ["i/0.jpg", "i/1.jpg", "t/0.txt", "t/1.txt", "t/2.txt"],
         [],
@@ -903,7 +925,7 @@ NOTHING_USABLE = {
     "one table": (
         ["0.jpg", "1.jpg", "captions.csv"],
         [],
-        "if 'captions.csv' holds the captions, make a metadata.jsonl",
+        f"by a file_name from its folder on: {TRAIN} --train_data_dir {{}}/captions.csv reads it",
     ),
     "one text": (["0.jpg", "1.jpg", "captions.txt"], [], "if 'captions.txt' holds the captions"),
     "one json": (["0.jpg", "1.jpg", "captions.json"], [], "if 'captions.json' holds the captions"),
@@ -926,7 +948,7 @@ def test_the_remedy_fits_what_the_folder_holds(tmp_path, capsys, names, flags, r
 @pytest.mark.parametrize(
     ("caption", "image", "remedy"),
     [
-        ("", JPEG, "pass --keep_empty"),
+        ("", JPEG, "3 empty caption (--keep_empty keeps it)"),
         ("c", b"hello", "get them again"),
         ("c", JPEG[:300], "get them again"),
         ("c", ftyp(b"heic"), "pip install pillow-heif"),
@@ -950,9 +972,8 @@ def test_heic_alone(tmp_path, capsys, without_heif):
     assert f"(left out: 4 {cm.unread('HEIC')}: '0.HEIC')" in message and "caption file" not in message
 
 
-def test_every_error_is_one_line_of_bounded_length(tmp_path, capsys):
+def test_every_error_is_one_line(tmp_path, capsys):
     assert "--a b" in error_line(capsys, "-p", str(tmp_path), "--a\nb")
-    assert len(error_line(capsys, "-p", "x/" * 3000)) < 1100
 
 
 @pytest.mark.parametrize(

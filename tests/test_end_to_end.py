@@ -43,7 +43,7 @@ def test_commands_of_the_original_readme(model_dir: Path, tmp_path: Path) -> Non
         assert painted.returncode == 0
     int8, fp32 = (np.asarray(Image.open(tmp_path / name / f"{CAPTION} {name}.png"), float) for name in ("int8", "fp32"))
     assert int8.shape == (SIZE, SIZE, 3)
-    assert -10 * np.log10(np.square((int8 - fp32) / 255).mean()) > 30
+    assert -10 * np.log10(np.square((int8 - fp32) / 255).mean()) > 40  # 43.8; with halved activation ranges 27
 
     compared = run_command(sys.executable, "evaluate.py", tmp_path / "fp32", tmp_path / "int8")
     assert compared.returncode == 0 and "1 pairs" in compared.stdout

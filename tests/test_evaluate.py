@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import socket
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -18,41 +16,9 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 import evaluate
 from conftest import ROOT
+from data import FACTS, folder, pictures
 
-FACTS = {"status": "ok", "steps": 4, "guidance_scale": 3.0, "negative_prompt": None, "scheduler": "DDIMScheduler"}
-FACTS |= {"precision": "int8", "dtype": "fp32", "unet_mb": 7.0, "peak_memory_gib": 1.0}
-
-
-@pytest.fixture(autouse=True)
-def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without weights, and without a network."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(evaluate, "CLIP", "nobody/has-this")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # or nothing would be tried anyway
-    for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo")):
-        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("something was to be downloaded"))
-    (tmp_path / "torch/hub/checkpoints").mkdir(parents=True)
-    return tmp_path / "torch/hub/checkpoints"
-
-
-def folder(path: Path, pictures: dict[tuple[str, int], np.ndarray], **facts) -> Path:
-    path.mkdir()
-    with open(path / "results.jsonl", "w") as file:
-        for number, ((caption, seed), pixels) in enumerate(pictures.items()):
-            Image.fromarray(pixels).save(path / f"{number}.png")
-            row = {"caption": caption, "seed": seed, "file": f"{number}.png", "seconds": 2.0, **FACTS, **facts}
-            file.write(json.dumps(row) + "\n")
-    return path
-
-
-def pictures(count: int, shift: int = 0, edge: int = 16) -> dict[tuple[str, int], np.ndarray]:
-    rng = np.random.default_rng(0)
-    made = {}
-    for index in range(count):
-        pixels = rng.integers(20, 200, (edge, edge, 3), dtype=np.uint8)
-        made[("a caption", index)] = pixels + np.uint8(shift)
-    return made
+pytestmark = pytest.mark.usefixtures("empty_hub")
 
 
 def test_psnr_of_a_known_difference() -> None:
@@ -78,7 +44,7 @@ def test_report_of_three_folders(tmp_path: Path, capsys) -> None:
     summary = json.loads((near / "report.json").read_text())
     assert summary["pairs"] == 5
     printed = capsys.readouterr().out
-    assert "fp32: 1 of 6 pictures have no partner" in printed
+    assert "fp32: 1 of 6 images have no partner" in printed
     assert printed.count("not measured") == 1 and "LPIPS, FID, CLIP score: not measured" in printed
     rows = {Path(row["folder"]).name: row for row in summary["folders"]}
     assert rows["near"]["psnr"] == pytest.approx([-20 * np.log10(1 / 255)] * 3)
@@ -103,14 +69,14 @@ def test_gate_of_min_psnr(tmp_path: Path) -> None:
 
 def test_folders_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     reference = folder(tmp_path / "a", pictures(2))
-    with pytest.raises(evaluate.UsageError, match="painted with steps 9, not 4"):
+    with pytest.raises(evaluate.UsageError, match="generated with steps 9, not 4"):
         evaluate.main([str(reference), str(folder(tmp_path / "b", pictures(2), steps=9))])
     stranger = folder(tmp_path / "c", {("another", 0): np.zeros((16, 16, 3), np.uint8)})
     with pytest.raises(evaluate.UsageError, match="no caption and seed is in all"):
         evaluate.main([str(reference), str(stranger)])
     with open(reference / "results.jsonl", "a") as file:
         file.write((reference / "results.jsonl").read_text().splitlines()[0] + "\n")
-    with pytest.raises(evaluate.UsageError, match="two pictures of 'a caption' with seed 0"):
+    with pytest.raises(evaluate.UsageError, match="two images of 'a caption' with seed 0"):
         evaluate.main([str(reference), str(reference)])
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as left:
@@ -218,7 +184,7 @@ def test_lpips_and_fid_with_weights_on_disk(networks: Path, empty_hub: Path, tmp
     capsys.readouterr()
     evaluate.main([*map(str, folders)])  # from the disk now
     printed = capsys.readouterr().out
-    assert "LPIPS |" in printed and "FID |" in printed and "FID of 6 pictures" in printed
+    assert "LPIPS |" in printed and "FID |" in printed and "FID of 6 images" in printed
     assert "\nCLIP score: not measured" in printed
     fp32, far, near, equal = json.loads((folders[-1] / "report.json").read_text())["folders"]
     assert "lpips" not in fp32 and "fid" not in fp32
@@ -324,7 +290,7 @@ def test_a_damaged_row_is_named(tmp_path: Path, line: str, message: str) -> None
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, spoil, message: str) -> None:
     first, second = (folder(tmp_path / name, pictures(2)) for name in "ab")
     spoil(second / "1.png")
-    with pytest.raises(evaluate.UsageError, match=f"{second}/1.png: .*{message}.*; paint it again"):
+    with pytest.raises(evaluate.UsageError, match=f"{second}/1.png: .*{message}.*; generate it again"):
         evaluate.main([str(first), str(second)])
     assert not (second / "report.json").exists()
 
@@ -334,7 +300,7 @@ def test_a_folder_that_cannot_be_written_to_and_pictures_that_differ_in_clip_ski
     with pytest.raises(evaluate.UsageError, match="--output_dir .* cannot be written to: Not a directory"):
         evaluate.main([str(first), str(second), "--output_dir", str(first / "0.png" / "x")])
     third = folder(tmp_path / "c", pictures(2), clip_skip=1)
-    with pytest.raises(evaluate.UsageError, match="painted with clip_skip 1, not None"):
+    with pytest.raises(evaluate.UsageError, match="generated with clip_skip 1, not None"):
         evaluate.main([str(first), str(third)])
 
 

@@ -1,54 +1,46 @@
-"""What benchmarks/alternatives.py puts in place of the scripts' own parts does what it is named for."""
+"""benchmarks/fidelity.py, in small: every row is of the flags it is named for, OpenVINO's own int8 among them."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-import alternatives
 import fidelity
-import train_text_to_image_qat as trainer
-from conftest import run_command
+import tables
+from conftest import ROOT, run_command
+
+MODEL = ROOT / "demo/tiny-stable-diffusion"
 
 
-def test_least_error_clips_an_outlier_that_min_max_spends_the_range_on() -> None:
-    x = torch.randn(2**18, 1, generator=torch.Generator().manual_seed(0))
-    x[0] = 8.0
-    errors = []
-    for kind in (trainer.InputQuantizer, alternatives.LeastErrorQuantizer):
-        quantizer = kind(channels=1, channel_dim=-1)
-        quantizer.ROWS = len(x)
-        quantizer.observe(x)
-        quantizer.freeze_range()
-        errors.append((quantizer(x) - x).square().mean().item())
-    assert errors[1] < 0.9 * errors[0]
+@pytest.mark.exact_kernels
+def test_report_has_a_row_of_each_variant(tmp_path: Path) -> None:
+    pytest.importorskip("nncf")
+    scenes, output = tmp_path / "scenes", tmp_path / "fidelity.json"
+    assert run_command(sys.executable, "demo/scenes.py", "--output_dir", scenes, "--count", "8").returncode == 0
+    assert run_command(sys.executable, "create_metadata.py", "--image_path", scenes).returncode == 0
+    (tmp_path / "captions.txt").write_text("the Milky Way over green mountains and a forest\n", encoding="utf-8")
+    short = ["--captions_file", tmp_path / "captions.txt", "--images_num", "2", "--num_inference_steps", "4"]
+    names = ["openvino-int8", "int8-ptq"]
+    command = [sys.executable, "benchmarks/fidelity.py", "--train_data_dir", scenes, *short, "--variants", *names]
+    # trained beforehand, by fewer batches than the 200 of the default
+    trained, flags = tmp_path / "work/trained max_train_steps=0", ["--max_train_steps=0", "--calibration_steps=4"]
+    flags += ["--train_data_dir", scenes, "--resolution=64", "--use_cpu", "--report_to=none", "--output_dir", trained]
+    model = ["--pretrained_model_name_or_path", MODEL]
+    assert run_command(sys.executable, "train_text_to_image_qat.py", *model, *flags).returncode == 0
+    (trained / "seconds.json").write_text("1.5")
+    assert run_command(*command, "--work_dir", tmp_path / "work", "--output", output).returncode == 0
+    rows = tables.by_name(json.loads(output.read_text())["folders"], "folder")
+    assert list(rows) == ["fp32", *names] and rows["int8-ptq"]["training_seconds"] == 1.5
+    assert rows["int8-ptq"]["psnr"][0] > 45 > rows["openvino-int8"]["psnr"][0] > 20
+    assert rows["openvino-int8"]["unet_mb"] < 0.5 * rows["fp32"]["unet_mb"]
+    shutil.rmtree(tmp_path / "work")
 
 
-FULL = [pytest.param(name, marks=pytest.mark.full) for name in alternatives.ALTERNATIVES if name != "published"]
-
-
-@pytest.mark.parametrize("name", ["published", *FULL])
-def test_alternative_trains_and_paints(name: str, model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
-    alternative = [sys.executable, "benchmarks/alternatives.py", name]
-    flags = ["--train_data_dir", data_dir, "--resolution=32", "--use_cpu", "--report_to=none", "--calibration_steps=2"]
-    flags += [
-        "--train_batch_size=2",
-        "--keep_float",
-        "--quantizer_learning_rate=0",
-        f"--max_train_steps={name == 'published':d}",
-    ]
-    model = ["--pretrained_model_name_or_path", model_dir]
-    trained = run_command(*alternative, "train_text_to_image_qat.py", *model, *flags, "--output_dir", tmp_path / "qat")
-    assert trained.returncode == 0, trained.stderr
-    flags = ["-qm", tmp_path / "qat", "-c", "a lake", "--num_inference_steps=2", "--dtype=float32"]
-    painted = run_command(*alternative, "text2images.py", "-m", model_dir, *flags, "--output_dir", tmp_path / "int8")
-    assert painted.returncode == 0, painted.stderr
-    assert list((tmp_path / "int8").glob("*.png"))
-
-
-def test_every_variant_names_an_alternative_that_is_there() -> None:
-    joined = (variant.alternative for variant in fidelity.VARIANTS.values() if variant.alternative is not None)
-    assert {name for names in joined for name in names.split("+")} == alternatives.ALTERNATIVES.keys()
+def test_variants_of_the_tables_are_those_that_the_benchmark_measures() -> None:
+    assert set(tables.VARIANTS) | set(tables.SEED_VARIANTS) | {"fp32"} == set(fidelity.VARIANTS)
+    compared = {before for before, _, _ in tables.GAINS}
+    assert compared <= set(fidelity.BASELINES) <= set(fidelity.VARIANTS)

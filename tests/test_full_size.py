@@ -1,4 +1,4 @@
-"""By hand (make test-full): Stable Diffusion v1.5 and XL with random weights through all scripts, within 24 GB."""
+"""Stable Diffusion v1.5 and XL with random weights through all scripts within 24 GB: make test-full."""
 
 from __future__ import annotations
 
@@ -8,92 +8,35 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import UNet2DConditionModel
 
-from conftest import BETAS, ROOT
+import full_size
+from conftest import ROOT
+from timing import in_own_process
 
-FP32_UNET_BYTES = 4 * 859_520_964
-FP32_XL_UNET_BYTES = 4 * 2_567_463_684
+FP32_UNET_BYTES, FP32_XL_UNET_BYTES = 4 * full_size.SD15_PARAMETERS, 4 * full_size.XL_PARAMETERS
 
 
-def vae_of_full_size(edge: int) -> AutoencoderKL:
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    return AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=edge)
-
-
-def write_random_sd15(path: Path) -> None:
-    """The architecture of SD v1.5; the bundled model's small vocabulary takes the place of CLIP's."""
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    StableDiffusionPipeline(
-        vae=vae_of_full_size(512),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=CLIPTokenizer.from_pretrained(ROOT / "demo/tiny-stable-diffusion", subfolder="tokenizer"),
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
-        scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(path)
-
-
-def write_random_xl(path: Path) -> None:
-    """The architecture of SDXL base 1.0, in fp16, as most of its checkpoints are."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
-    first, second = (
-        CLIPTextConfig(vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-                       num_attention_heads=width // 64, projection_dim=width, hidden_act=activation)
-        for width, layers, activation in ((768, 12, "quick_gelu"), (1280, 32, "gelu"))
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=128,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(320, 640, 1280),
-        layers_per_block=2,
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
-    assert 4 * sum(parameter.numel() for parameter in unet.parameters()) == FP32_XL_UNET_BYTES
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "demo/tiny-stable-diffusion", subfolder="tokenizer")
-    StableDiffusionXLPipeline(
-        vae=vae_of_full_size(1024),
-        text_encoder=CLIPTextModel(first),
-        text_encoder_2=CLIPTextModelWithProjection(second),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1),
-        add_watermarker=False,
-    ).save_pretrained(path)
-
-
-def make(writer: str, path: Path) -> Path:
+def make(write: Callable[[Path], None], path: Path) -> Path:
     """In a process of its own, whose memory is then free."""
-    maker = "import sys; from pathlib import Path; sys.path.insert(0, 'tests'); import test_full_size;"
-    maker += f"test_full_size.{writer}(Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", maker, str(path)], cwd=ROOT, check=True)
+    in_own_process(write, path)
     return path
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [(full_size.SD15_UNET, full_size.SD15_PARAMETERS), (full_size.XL_UNET, full_size.XL_PARAMETERS)],
+    ids=["SD v1.5", "SDXL"],
+)
+def test_unets_of_full_size_have_as_many_parameters_as_the_published_ones(config: dict, parameters: int) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
 
 
 def measured(*command: str | Path) -> tuple[str, float, float]:
@@ -116,7 +59,11 @@ def measured(*command: str | Path) -> tuple[str, float, float]:
 
 @pytest.mark.full
 def test_sd_v1_5_trains_and_paints_within_24_gb(tmp_path: Path) -> None:
-    pictures, output, model = tmp_path / "pictures", tmp_path / "out", make("write_random_sd15", tmp_path / "sd15")
+    pictures, output, model = (
+        tmp_path / "pictures",
+        tmp_path / "out",
+        make(full_size.write_random_sd15, tmp_path / "sd15"),
+    )
     measured("demo/scenes.py", "--output_dir", pictures, "--count", "4", "--size", "512")
     measured("create_metadata.py", "--image_path", pictures)
     flags = "--use_ema --resolution=512 --center_crop --random_flip --train_batch_size=1 --gradient_checkpointing "
@@ -138,7 +85,7 @@ def test_sd_v1_5_trains_and_paints_within_24_gb(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_sdxl_calibrates_and_paints_at_1024_pixels_within_24_gb(tmp_path: Path) -> None:
-    pictures, output, model = tmp_path / "pictures", tmp_path / "out", make("write_random_xl", tmp_path / "xl")
+    pictures, output, model = tmp_path / "pictures", tmp_path / "out", make(full_size.write_random_xl, tmp_path / "xl")
     measured("demo/scenes.py", "--output_dir", pictures, "--count", "2", "--size", "1024")
     measured("create_metadata.py", "--image_path", pictures)
     name = ["--pretrained_model_name_or_path", model]

@@ -16,7 +16,7 @@ import text2images
 import train_text_to_image_qat as trainer
 from conftest import tiny_pipeline, tiny_xl_pipeline, training_in_process
 from lora import write_lora
-from test_checkpoints import BOTH, cut, load, make_pointer, paint, psnr, refusal
+from models import BOTH, cut, generate_image, load, make_pointer, psnr, refusal
 
 TEXT = {"sd": ("text_encoder",), "xl": ("text_encoder", "text_encoder_2")}
 MAKERS = {"sd": tiny_pipeline, "xl": tiny_xl_pipeline}
@@ -84,9 +84,12 @@ def styled(request, models: dict, data_dir: Path, tmp_path_factory: pytest.TempP
 
 def test_a_fused_lora_changes_both_pictures_alike(styled: Styled, tmp_path: Path) -> None:
     lora = ["--lora", styled.lora]
-    plain, fp32 = paint(styled.model, tmp_path / "plain"), paint(styled.model, tmp_path / "fp32", *lora)
-    plain_int8 = paint(styled.model, tmp_path / "plain int8", "-qm", str(styled.plain))
-    int8 = paint(styled.model, tmp_path / "int8", *lora, "-qm", str(styled.folder))
+    plain, fp32 = (
+        generate_image(styled.model, tmp_path / "plain"),
+        generate_image(styled.model, tmp_path / "fp32", *lora),
+    )
+    plain_int8 = generate_image(styled.model, tmp_path / "plain int8", "-qm", str(styled.plain))
+    int8 = generate_image(styled.model, tmp_path / "int8", *lora, "-qm", str(styled.folder))
     assert psnr(plain, fp32) < 32 and abs(psnr(fp32, int8) - psnr(plain, plain_int8)) < 2
 
 
@@ -142,9 +145,9 @@ def test_int8_holds_a_lora_of_the_unet(
     write_lora(tiny_pipeline(), file, size=0.3)
     with training_in_process(model_dir, data_dir) as run:
         run(tmp_path, "--lora", str(file), "--max_train_steps", "0")
-    without = paint(model_dir, tmp_path / "without", "-qm", str(tmp_path))
+    without = generate_image(model_dir, tmp_path / "without", "-qm", str(tmp_path))
     assert "the int8 UNet holds the LoRA 'style.safetensors:1.0'" in caplog.text
-    given = paint(model_dir, tmp_path / "with", "-qm", str(tmp_path), "--lora", str(file))
+    given = generate_image(model_dir, tmp_path / "with", "-qm", str(tmp_path), "--lora", str(file))
     assert np.array_equal(without, given)
     refused = refusal(text2images, model_dir, "-qm", str(quant_model), "--lora", str(file))
     assert "the int8 UNet of -qm was trained without" in refused

@@ -13,7 +13,7 @@ import torch
 
 import text2images
 import train_text_to_image_qat as trainer
-from test_train_text_to_image_qat import unet_inputs
+from models import unet_inputs
 
 BOLD = ["--use_ema", "--learning_rate", "3e-2", "--quantizer_learning_rate", "0.1"]  # every step shows
 
@@ -23,10 +23,9 @@ def exported(train, tmp_path: Path, monkeypatch) -> argparse.Namespace:
     """A run of four bold steps with an average: the live student, the average, and the file that was written."""
     seen, save = argparse.Namespace(path=tmp_path / "out"), trainer.save_int8
 
-    def spy(state: trainer.Trainer, *rest: Any) -> Path:
+    def spy(state: trainer.TrainState, *rest: Any) -> Path:
         seen.live = copy.deepcopy(state.student).eval()
-        with state.exported_weights() as student:
-            seen.student = copy.deepcopy(student).eval()
+        seen.student = copy.deepcopy(state.exported).eval()
         return save(state, *rest)
 
     monkeypatch.setattr(trainer, "save_int8", spy)
@@ -57,12 +56,12 @@ def test_scales_of_the_file_are_those_of_the_averaged_weights_and_ranges(exporte
         if not isinstance(layer, trainer.FakeInt8):
             continue
         weight, stored = layer.weight.detach(), exported.state
-        weight = weight * trainer.per_input_channel(layer.observer.factor, weight)
+        weight = weight * trainer.per_input_channel(layer.observer.smoothing_scale, weight)
         scale = weight.abs().flatten(1).amax(dim=1) / 127
         assert torch.equal(stored[f"{name}.weight_scale"], scale.clamp(min=1e-8 / 127)), name
         grid = scale.view(-1, *[1] * (weight.dim() - 1))
         assert (stored[f"{name}.weight"] * grid - weight).abs().max() <= 0.5001 * scale.max(), name
-        if isinstance(layer.observer, trainer.InputQuantizer):
+        if isinstance(layer.observer, trainer.ActivationFakeQuantizer):
             assert stored[f"{name}.input_scale"] == layer.observer.log_scale.exp(), name
             differing += bool(layer.observer.log_scale != live[name].observer.log_scale)
             assert not torch.equal(layer.weight, live[name].weight), name
@@ -72,10 +71,10 @@ def test_scales_of_the_file_are_those_of_the_averaged_weights_and_ranges(exporte
 # ---------------------------------------------------------------- a batch that is not finite
 
 
-def everything(state: trainer.Trainer) -> list[torch.Tensor]:
+def everything(state: trainer.TrainState) -> list[torch.Tensor]:
     """Copies of all that a step may change, but for the learning rate."""
     moments = [value for moments in state.optimizer.state_dict()["state"].values() for value in moments.values()]
-    average = [*state.ema.shadow_params, torch.tensor(state.ema.optimization_step)]
+    average = state.average.state_dict().values()
     return [tensor.detach().clone() for tensor in (*state.student.state_dict().values(), *moments, *average)]
 
 
@@ -86,7 +85,7 @@ def test_training_batch_of_nan_changes_nothing(train, tmp_path: Path, monkeypatc
         batches.append(1)
         return encode(*arguments) * (math.nan if len(batches) == 3 + 2 else 1)  # after those of calibration
 
-    def note(state: trainer.Trainer, *rest: Any) -> None:
+    def note(state: trainer.TrainState, *rest: Any) -> None:
         states.append(everything(state))
         after_step(state, *rest)
 

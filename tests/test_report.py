@@ -20,8 +20,9 @@ from PIL import Image
 import evaluate
 import text2images
 from browser import CHROMIUM, Browser
-from test_evaluate import empty_hub, folder, pictures  # noqa: F401
+from data import folder, pictures
 
+pytestmark = pytest.mark.usefixtures("empty_hub")
 HOSTILE = [
     "</script><script>document.title = 'hacked'</script>",
     "<img src=x onerror=\"document.title = 'hacked'\"> <!-- <script> @@DATA@@ @@PICTURES@@",
@@ -64,8 +65,8 @@ def shifted(count: int, *shifts: int) -> dict[tuple[str, int], np.ndarray]:
          "35 dB: 1 of 2 pairs differs visibly, the worst by 13 dB."),
         (12.3, 1.5, [20, 20], [2, 9], "int8 is 12 times as fast as fp32, 150 % of its size, and differs by 20 dB: "
          "2 of 2 pairs differ visibly, the worst by 20 dB."),
-        (1.06, 0.5, [99, 99], [0, 0], "int8 is 1.06 times as fast as fp32, half of its size (50 %), and paints the "
-         "same pictures, to the bit."),
+        (1.06, 0.5, [99, 99], [0, 0], "int8 is 1.06 times as fast as fp32, half of its size (50 %), and generates the "
+         "same images, to the bit."),
     ],
 )  # fmt: skip
 def test_the_sentence_says_what_was_measured(
@@ -160,7 +161,7 @@ def test_linked_pictures_stay_where_they_are(tmp_path: Path) -> None:
     assert "text/plain" not in page.read_text()
 
 
-def test_command_paints_the_picture_again(tmp_path: Path) -> None:
+def test_command_generates_the_image_again(tmp_path: Path) -> None:
     asked = ["-m", "model's folder", "-qm", "x.pt", "--negative_prompt=-fog", "--scheduler", "ddim", "-n", "3"]
     asked += ["--no_paired_guidance", "--guidance_scale", "3", "-c", "a", "--batch_size", "2", "--output_dir", "here"]
     args = text2images.parse_args(asked)
@@ -273,7 +274,7 @@ def test_pairs_are_sorted_and_filtered(browser: Browser, tmp_path: Path) -> None
     best = browser.run(SEEDS).split()
     browser.run("$('order').click()")
     assert browser.run(SEEDS).split() == best[::-1] and sorted(best) == list("012345")
-    change(browser, "$('metric')", "painted", "change")
+    change(browser, "$('metric')", "generated", "change")
     assert browser.run(SEEDS) == "0 1 2 3 4 5"
     change(browser, "$('filter')", "boat RED")
     browser.until(f"{SEEDS} == '1 3 5'")
@@ -411,15 +412,15 @@ def test_300_pairs_are_usable(browser: Browser, tmp_path: Path) -> None:
     made = pictures(300, edge=32)
     other = {key: pixels + np.uint8(1 + key[1] % 50) for key, pixels in made.items()}
     page = page_of([folder(tmp_path / "fp32", made, precision="fp32"), folder(tmp_path / "int8", other)])
-    assert browser.open(page) < 10  # seconds; one is usual
-    assert browser.run("document.querySelectorAll('#pairs .pair').length") <= 36  # built as they are scrolled to
-    began = "performance.now()"
-    took = f"(start => {{ $('order').click(); document.body.offsetHeight; return {began} - start }})({began})"
-    assert browser.run(took) < 2000  # milliseconds
+    browser.open(page)
+    built = "document.querySelectorAll('#pairs .pair').length"
+    assert 0 < browser.run(built) <= 36  # as they are scrolled to, and no more: what keeps a large page usable
+    browser.run("$('order').click(), document.body.offsetHeight")
+    assert 0 < browser.run(built) <= 36
     rounds = 0
     while rounds < 300:
         rounds += 1
-        if browser.run("document.querySelectorAll('#pairs .pair').length") == 300:
+        if browser.run(built) == 300:
             break
         browser.run("scrollTo({ top: document.body.scrollHeight, behavior: 'instant' })")
         browser.run("new Promise(requestAnimationFrame)")

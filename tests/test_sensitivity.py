@@ -14,7 +14,7 @@ from PIL import Image
 import sensitivity
 import train_text_to_image_qat as trainer
 from conftest import SIZE, tiny_unet
-from test_train_text_to_image_qat import parse, unet_inputs
+from models import parse, unet_inputs
 
 
 @torch.no_grad()
@@ -29,10 +29,10 @@ def test_replay_gives_what_a_whole_run_with_the_changed_layer_gives() -> None:
         layer.weight.mul_(1.5)
         changed = replay.changed(name, layer)
         assert unet.get_submodule(name) is original
-        trainer.swap(unet, name, layer)
+        trainer.replace_module(unet, name, layer)
         assert torch.equal(unet(*unet_inputs()).sample, changed), name
         assert not torch.equal(replay.output, changed), name
-        trainer.swap(unet, name, original)
+        trainer.replace_module(unet, name, original)
     assert torch.equal(unet(*unet_inputs()).sample, replay.output)
     assert replay.before["conv_in"] == 0 and replay.before["conv_out"] == len(replay.done) > 5  # something is saved
 
@@ -83,7 +83,9 @@ def test_report_and_recipe(model_dir: Path, data_dir: Path, train, tmp_path: Pat
         assert picture.getpixel((590, 82)) == (0xD9, 0x5F, 0x02)  # the first bar
 
     recipe = tmp_path / "sensitivity_float_9.json"
-    chosen = sensitivity.kinds(trainer.recipe(parse("--quantization_config", str(recipe)), tiny_unet()), tiny_unet())
+    chosen = sensitivity.kinds(
+        trainer.quantization_config(parse("--quantization_config", str(recipe)), tiny_unet()), tiny_unet()
+    )
     in_float = [name for name, kind in chosen.items() if kind != "int8"]
     assert 8 < sum(rows[name]["macs_percent"] for name in in_float) <= 9
     state = train(tmp_path / "trained", "--max_train_steps", "0", "--quantization_config", str(recipe))["state_dict"]

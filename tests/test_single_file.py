@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import train_text_to_image_qat as trainer
 from conftest import ROOT, tiny_pipeline, tiny_xl_pipeline, training_in_process
+from models import BOTH, cut, generate_image, load, make_pointer, refusal
 from single_file import write_single_file
-from test_checkpoints import BOTH, cut, load, make_pointer, paint, refusal
 
 BUNDLED = ROOT / "demo/tiny-stable-diffusion"
 
@@ -61,8 +61,8 @@ def test_a_single_file_trains_and_paints_to_the_bits_of_the_folder(
     config = ["--config", str(settings)]
     for quantized in ([], ["-qm", str(tmp_path / "file")]):
         name = f"pictures {len(quantized)}"
-        ours = paint(file, tmp_path / f"{name} file", *config, *quantized)
-        assert np.array_equal(ours, paint(folder, tmp_path / f"{name} folder", *quantized))
+        ours = generate_image(file, tmp_path / f"{name} file", *config, *quantized)
+        assert np.array_equal(ours, generate_image(folder, tmp_path / f"{name} folder", *quantized))
 
 
 def test_the_next_command_names_the_settings(files: dict, data_dir: Path, tmp_path: Path, caplog) -> None:

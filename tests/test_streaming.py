@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 import time
 from pathlib import Path
 
@@ -15,27 +13,9 @@ from torch.utils.data import DataLoader
 
 import train_text_to_image_qat as trainer
 from conftest import SIZE, tiny_pipeline
+from data import pair, stream, write_tar
 
 PER_TAR = 6
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def picture(level: int, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (SIZE + 4, SIZE), (level, level, level)).save(file, kind)
-    return file.getvalue()
-
-
-def pair(key: str, level: int) -> dict[str, bytes]:
-    """A sample as img2dataset writes it; the picture's grey level tells which one it is."""
-    return {f"{key}.png": picture(level), f"{key}.txt": f"grey {level}".encode(), f"{key}.json": b'{"width": 36}'}
 
 
 @pytest.fixture
@@ -49,13 +29,6 @@ def tars(tmp_path: Path) -> Path:
             members |= pair(f"{level:09d}", level)
         write_tar(folder / f"{shard:05d}.tar", members)
     return folder
-
-
-def stream(tars: Path | str, *flags: str) -> tuple[trainer.CaptionedImages, object]:
-    command = ["--pretrained_model_name_or_path", "x", "--train_data_dir", str(tars), "--streaming"]
-    command += ["--max_train_steps", "9", "--resolution", str(SIZE), "--train_batch_size", "2", "--center_crop"]
-    args = trainer.parse_args([*command, "--proportion_empty_prompts", "0", *flags])
-    return trainer.load_dataset(args, [tiny_pipeline().tokenizer]), args
 
 
 def levels(samples: list[dict[str, torch.Tensor]]) -> list[int]:
@@ -116,6 +89,12 @@ def test_pattern_of_img2dataset_names_the_shards(tars: Path) -> None:
     assert set(read(tars / "00001.tar", range(3))) == set(range(PER_TAR, 2 * PER_TAR))
 
 
+def test_pattern_with_a_star_names_the_shards(tmp_path: Path) -> None:
+    for level in (1, 2):
+        write_tar(tmp_path / f"{level}.tar", pair("a", level))
+    assert set(read(tmp_path / "*.tar", range(4))) == {1, 2}
+
+
 def test_damage_costs_the_damaged_part_only(tars: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = tars / "00000.tar"
     first.write_bytes(first.read_bytes()[:3000])
@@ -125,11 +104,29 @@ def test_damage_costs_the_damaged_part_only(tars: Path, caplog: pytest.LogCaptur
     dataset, args = stream(tars)
     samples = [dataset[key] for batch in dataset.micro_batches(range(8), args) for key in batch]
     assert set(levels(samples)) == {*range(PER_TAR, 3 * PER_TAR), 101, 103}
-    assert [sample["replaced"].item() > 0 for sample in samples].count(True) == 2
+    assert {sample["failure"].split(":")[0] for sample in samples} == {"", "b.png"}
+    assert f"left out 1 rows of {tars}/00004.tar that have no image" in caplog.text  # c.txt
     assert {record.message.split(":")[0] for record in caplog.records if record.levelname == "ERROR"} == {
-        "left out the rest of file 0 of the stream",
-        "left out the rest of file 3 of the stream",
+        f"left out the rest of {tars}/00000.tar",
+        f"left out the rest of {tars}/00003.tar",
     }
+
+
+def test_a_cut_tar_gives_the_pairs_before_the_cut(tmp_path: Path) -> None:
+    members = {name: data for level in range(1, 9) for name, data in pair(f"{level:09d}", level).items()}
+    write_tar(tmp_path / "0.tar", members)
+    data = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(data[: data.index(b"000000005.txt") + 600])  # in the middle of the fifth pair
+    assert set(read(tmp_path, range(8))) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("workers", ["0", "3"])
+def test_files_without_a_pair_do_not_end_the_stream(tmp_path: Path, workers: str) -> None:
+    """However often they come before the one that has some."""
+    write_tar(tmp_path / "good.tar", pair("a", 7))
+    for number in range(5):
+        (tmp_path / f"{number}.tar").write_bytes(b"no tar" * number)
+    assert read(tmp_path, range(20), "--dataloader_num_workers", workers) == [7] * 40
 
 
 def test_stream_of_nothing_but_damage_ends_with_a_sentence(tmp_path: Path) -> None:
@@ -145,6 +142,8 @@ def test_stream_of_nothing_but_damage_ends_with_a_sentence(tmp_path: Path) -> No
         ("{}", ["--image_column", "gif"], "--image_column gif is none of png, txt, json"),
         ("{}/{{00001..00009}}.tar", [], "no .*/00003.tar"),
         ("{}/nothing.tar", [], "no .*/nothing.tar"),
+        ("{}/*.tgz", [], r"no .*/\*.tgz"),
+        (__file__, [], "--streaming reads .tar, .tar.gz, .tgz, which .*test_streaming.py is not"),
         ("{}/..", [], "the tars are in .*pairs .*: give that"),
     ],
 )
@@ -194,13 +193,13 @@ def test_resumed_stream_ends_with_the_same_bits(train, tars: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("workers", ["0", "1", "3"])
 def test_calibration_sees_every_batch_that_it_asks_for(train, tars: Path, tmp_path: Path, monkeypatch, workers) -> None:
-    numbers, noise = [], trainer.noise_pictures
+    numbers, noise = [], trainer.add_noise
 
-    def noted(pipeline, batch, part, power, generator, accelerator) -> trainer.Noised:
+    def noted(pipeline, batch, part, power, generator, accelerator) -> trainer.NoisedBatch:
         numbers.append((power, generator.initial_seed(), len(batch["pixel_values"])))
         return noise(pipeline, batch, part, power, generator, accelerator)
 
-    monkeypatch.setattr(trainer, "noise_pictures", noted)
+    monkeypatch.setattr(trainer, "add_noise", noted)
     flags = ["--train_data_dir", str(tars), "--streaming", "--max_train_steps", "0", "--calibration_steps", "5"]
     saved = train(tmp_path, *flags, "--dataloader_num_workers", workers)
     seeds = [trainer.generator_for(0, "calibration", number).initial_seed() for number in range(5)]
@@ -217,7 +216,7 @@ def test_metadata_of_100000_pictures_is_read_in_seconds(tmp_path: Path) -> None:
             file.write(json.dumps({"file_name": name, "text": f"a caption of usual length, number {row}"}) + "\n")
     began = time.process_time()
     rows = trainer.read_metadata(tmp_path, "file_name", "text")
-    keys = next(iter(trainer.MicroBatches(len(rows), 4, 0, range(10))))
+    keys = next(iter(trainer.ResumableBatchSampler(len(rows), 4, 0, range(10))))
     seconds = time.process_time() - began
     assert len(rows) == 100_000 and len(keys) == 4
     assert seconds < 5  # 0.6 s on an idle core

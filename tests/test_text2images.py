@@ -22,43 +22,13 @@ from transformers.models.clip import CLIPImageProcessorPil
 import text2images
 import train_text_to_image_qat as trainer
 from conftest import SIZE
-from test_train_text_to_image_qat import calibrated_unet, unet_inputs
+from models import KINDS, calibrated_unet, generate, new_layer, pair_of_inputs, pixels, some_input, unet_inputs
 from text2images import UsageError
-
-STORED = {"linear": (24, 40), "conv": (24, 16, 3, 3), "strided": (24, 16, 3, 3), "grouped": (24, 8, 3, 3)}
-STORED["no bias"] = STORED["conv"]
-KINDS = list(STORED)
-
-
-def new_layer(kind: str, quantize_input: bool = True, paired: bool = False) -> text2images.Int8Layer:
-    """A layer of the reference path, with random tensors as a quant_model.pt has them."""
-    generator = torch.Generator().manual_seed(1)
-    if kind == "linear":
-        plain: nn.Module = nn.Linear(40, 24)
-    else:
-        stride, groups = (2 if kind == "strided" else 1), (2 if kind == "grouped" else 1)
-        plain = nn.Conv2d(16, 24, 3, stride, 1, groups=groups, bias=kind != "no bias")
-    layer = text2images.Int8Layer(plain, quantize_input)
-    layer.weight = torch.randint(-127, 128, STORED[kind], dtype=torch.int8, generator=generator)
-    layer.weight_scale = torch.rand(24, generator=generator) * 0.01 + 1e-4
-    layer.bias = None if layer.bias is None else torch.randn(24, generator=generator)
-    layer.input_factor = torch.rand(layer.input_factor.shape, generator=generator) + 0.5
-    if quantize_input:
-        layer.input_scale, layer.input_zero_point = torch.tensor(0.03), torch.tensor(77, dtype=torch.int32)
-    layer.make_ready()
-    layer.paired = paired
-    return layer
 
 
 def multiply(kind: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     stride, groups = (2 if kind == "strided" else 1), (2 if kind == "grouped" else 1)
     return F.linear(x, weight, bias) if kind == "linear" else F.conv2d(x, weight, bias, stride, 1, 1, groups)
-
-
-def some_input(kind: str, batch: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(batch)
-    shape = (batch, 9, 40) if kind == "linear" else (batch, 16, 6 + 2 * batch, 10)
-    return torch.randn(shape, generator=generator) * 3
 
 
 # ---------------------------------------------------------------- int8 layers
@@ -85,14 +55,6 @@ def test_layer_with_int8_weights_alone_is_the_float_layer_of_these_weights(kind:
     assert torch.allclose(layer(x), expected, atol=1e-4)
     quantized = new_layer(kind)(x)
     assert not torch.allclose(quantized, expected, atol=1e-3)
-
-
-def pair_of_inputs(kind: str, batch: int, change: float) -> torch.Tensor:
-    """A batch without captions, and the same with: changed a little, each sample by as much as its number says."""
-    generator = torch.Generator().manual_seed(batch)
-    shape = (batch, 9, 40) if kind == "linear" else (batch, 16, 8, 10)
-    first, changes = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
-    return torch.cat([first, first + change * changes * torch.arange(1, batch + 1).view(-1, *[1] * (len(shape) - 1))])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -297,19 +259,9 @@ def test_file_of_another_architecture_is_refused(quant_model: Path) -> None:
 # ---------------------------------------------------------------- painting
 
 
-def paint(model_dir: Path, output_dir: Path, *flags: str | Path) -> list[dict]:
-    short = ["--num_inference_steps", "4", "--output_dir", str(output_dir)]
-    text2images.main(["-m", str(model_dir), *short, *map(str, flags)])
-    return [json.loads(line) for line in (output_dir / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path), dtype=float)
-
-
 def test_picture_depends_on_its_own_seed_only(model_dir: Path, tmp_path: Path) -> None:
-    batched = paint(model_dir, tmp_path / "batched", "-c", "a", "b", "-n", "2", "-s", "7", "--batch_size", "3")
-    alone = paint(model_dir, tmp_path / "alone", "-c", "b", "-n", "1", "-s", "8")
+    batched = generate(model_dir, tmp_path / "batched", "-c", "a", "b", "-n", "2", "-s", "7", "--batch_size", "3")
+    alone = generate(model_dir, tmp_path / "alone", "-c", "b", "-n", "1", "-s", "8")
     assert [(row["caption"], row["seed"]) for row in batched] == [("a", 7), ("a", 8), ("b", 7), ("b", 8)]
     difference = pixels(tmp_path / "batched" / batched[3]["file"]) - pixels(tmp_path / "alone" / alone[0]["file"])
     assert np.abs(difference).max() <= 1
@@ -318,23 +270,25 @@ def test_picture_depends_on_its_own_seed_only(model_dir: Path, tmp_path: Path) -
 
 
 def test_int8_picture_is_close_to_the_full_precision_one(model_dir: Path, quant_model: Path, tmp_path: Path) -> None:
-    fp32 = paint(model_dir, tmp_path, "-c", "a")[0]
-    int8 = paint(model_dir, tmp_path, "-c", "a", "-qm", quant_model, "--dtype", "float32")[1]
+    fp32 = generate(model_dir, tmp_path, "-c", "a")[0]
+    int8 = generate(model_dir, tmp_path, "-c", "a", "-qm", quant_model, "--dtype", "float32")[1]
     assert (fp32["precision"], int8["precision"]) == ("fp32", "int8")
     assert (fp32["seed"], fp32["steps"], fp32["scheduler"]) == (int8["seed"], int8["steps"], int8["scheduler"])
     mse = np.square(pixels(tmp_path / fp32["file"]) - pixels(tmp_path / int8["file"])).mean()
-    assert 0 < mse < 255**2 / 10**3  # better than 30 dB, and not the same weights
+    assert 0 < mse < 255**2 / 10**5  # better than 50 dB (it is 53.5), and not the same weights
 
 
 def test_bfloat16_run_is_close_and_reported(model_dir: Path, tmp_path: Path) -> None:
-    fp32 = paint(model_dir, tmp_path, "-c", "a")[0]
-    bf16 = paint(model_dir, tmp_path, "-c", "a", "--dtype", "bfloat16")[1]
+    fp32 = generate(model_dir, tmp_path, "-c", "a")[0]
+    bf16 = generate(model_dir, tmp_path, "-c", "a", "--dtype", "bfloat16")[1]
     assert bf16["precision"] == "bf16"
-    assert np.abs(pixels(tmp_path / fp32["file"]) - pixels(tmp_path / bf16["file"])).mean() < 4
+    assert (
+        0 < np.abs(pixels(tmp_path / fp32["file"]) - pixels(tmp_path / bf16["file"])).mean() < 1.5
+    )  # levels; it is 0.6
 
 
 def test_grid_holds_every_picture_of_its_caption(model_dir: Path, tmp_path: Path) -> None:
-    rows = paint(model_dir, tmp_path, "-c", "a", "-n", "3")
+    rows = generate(model_dir, tmp_path, "-c", "a", "-n", "3")
     grid = Image.open(tmp_path / "a fp32.png")
     assert grid.size == (2 * SIZE, 2 * SIZE)
     for index, row in enumerate(rows):
@@ -345,7 +299,7 @@ def test_grid_holds_every_picture_of_its_caption(model_dir: Path, tmp_path: Path
 
 def test_facts_are_in_the_row_and_in_the_picture(model_dir: Path, quant_model: Path, tmp_path: Path) -> None:
     flags = ["--guidance_scale", "3", "--scheduler", "pndm", "--negative_prompt", "fog", "-qm", quant_model]
-    row = paint(model_dir, tmp_path, "-c", "été 日本", *flags)[0]
+    row = generate(model_dir, tmp_path, "-c", "été 日本", *flags)[0]
     expected = {"caption": "été 日本", "seed": 42, "status": "ok", "steps": 4, "guidance_scale": 3.0}
     expected |= {"scheduler": "PNDMScheduler", "negative_prompt": "fog", "precision": "int8"}
     assert expected.items() <= row.items()
@@ -357,7 +311,7 @@ def test_facts_are_in_the_row_and_in_the_picture(model_dir: Path, quant_model: P
 
 def test_nothing_is_overwritten(model_dir: Path, tmp_path: Path) -> None:
     for _ in range(2):
-        rows = paint(model_dir, tmp_path, "-c", "a", "a")
+        rows = generate(model_dir, tmp_path, "-c", "a", "a")
     assert len(rows) == len({row["file"] for row in rows}) == 4
     assert all((tmp_path / row["file"]).is_file() for row in rows)
     assert not list(tmp_path.glob("*.partial"))
@@ -365,12 +319,14 @@ def test_nothing_is_overwritten(model_dir: Path, tmp_path: Path) -> None:
 
 def test_captions_come_from_a_file_too(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "captions.txt").write_text("\ufeffone\n\n  two \n", encoding="utf-8")
-    rows = paint(model_dir, tmp_path, "-c", "zero", "--captions_file", tmp_path / "captions.txt", "--batch_size", "3")
+    rows = generate(
+        model_dir, tmp_path, "-c", "zero", "--captions_file", tmp_path / "captions.txt", "--batch_size", "3"
+    )
     assert [row["caption"] for row in rows] == ["zero", "one", "two"]
 
 
 def test_size_can_be_chosen(model_dir: Path, tmp_path: Path) -> None:
-    row = paint(model_dir, tmp_path, "-c", "a", "--height", "48", "--width", "64")[0]
+    row = generate(model_dir, tmp_path, "-c", "a", "--height", "48", "--width", "64")[0]
     assert pixels(tmp_path / row["file"]).shape == (48, 64, 3)
 
 
@@ -384,7 +340,7 @@ def test_numerical_failure_is_reported_as_such(model_dir: Path, tmp_path: Path, 
 
     monkeypatch.setattr(text2images, "initial_latents", broken)
     with pytest.raises(SystemExit) as left:
-        paint(model_dir, tmp_path, "-c", "a", "-n", "2", "--batch_size", "2")
+        generate(model_dir, tmp_path, "-c", "a", "-n", "2", "--batch_size", "2")
     assert left.value.code == 1
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(row["status"], row["file"] is None) for row in rows] == [("non-finite", True), ("ok", False)]
@@ -395,7 +351,7 @@ def test_flagged_picture_is_reported_as_such(model_dir: Path, tmp_path: Path, mo
         return torch.zeros_like(image), [True]
 
     monkeypatch.setattr(text2images.StableDiffusionPipeline, "run_safety_checker", checker)
-    assert paint(model_dir, tmp_path, "-c", "a")[0]["status"] == "flagged"
+    assert generate(model_dir, tmp_path, "-c", "a")[0]["status"] == "flagged"
 
 
 def test_safety_checker_of_the_checkpoint_blackens_unless_it_is_disabled(model_dir: Path, tmp_path: Path) -> None:
@@ -409,7 +365,7 @@ def test_safety_checker_of_the_checkpoint_blackens_unless_it_is_disabled(model_d
     pipeline.register_modules(safety_checker=checker, feature_extractor=sorter)
     pipeline.save_pretrained(tmp_path / "model")
     for flags, status in (([], "flagged"), (["--disable_safety_checker"], "ok")):
-        (row,) = paint(tmp_path / "model", tmp_path / status, "-c", "a", *flags)
+        (row,) = generate(tmp_path / "model", tmp_path / status, "-c", "a", *flags)
         assert row["status"] == status
         black = np.asarray(Image.open(tmp_path / status / row["file"])).max() == 0
         assert black == (status == "flagged")
@@ -422,7 +378,7 @@ def test_text_encoder_in_the_layout_of_older_transformers_paints_the_same(model_
     save_file(tensors, file, metadata={"format": "pt"})
     pictures = []
     for model in (model_dir, tmp_path / "old"):
-        (row,) = paint(model, tmp_path / f"of {model.name}", "-c", "a lake")
+        (row,) = generate(model, tmp_path / f"of {model.name}", "-c", "a lake")
         pictures.append(np.asarray(Image.open(tmp_path / f"of {model.name}" / row["file"])))
     assert np.array_equal(*pictures) and pictures[0].std() > 0
 

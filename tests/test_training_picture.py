@@ -69,18 +69,18 @@ def test_noting_and_drawing_change_no_bit_of_the_training(
     train: Callable[..., dict], unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = torch.load(unbroken / "quant_model.pt", weights_only=True)["checksum"]
-    monkeypatch.setattr(trainer.Curve, "note", lambda *_: None)
+    monkeypatch.setattr(trainer.TrainingCurve, "update", lambda *_: None)
     monkeypatch.setattr(trainer, "draw_training", lambda *_: None)
     assert train(tmp_path / "undrawn", *FLAGS)["checksum"] == drawn
 
 
 def test_scales_drift_is_measured_in_percent_of_calibration() -> None:
     scales = [nn.Parameter(torch.tensor(value)) for value in (0.0, 1.0, -2.0)]
-    curve = trainer.Curve(scales, [scale.item() for scale in scales])
+    curve = trainer.TrainingCurve(scales, [scale.item() for scale in scales])
     with torch.no_grad():
         for scale, factor in zip(scales, (1.5, 0.9, 1.1)):
             scale += math.log(factor)
-    curve.note(1, {}, {})
+    curve.update(1, {}, {})
     (point,) = curve.points
     values = [point[f"scales {name}"] for name in ("least", "median", "greatest")]
     assert values == pytest.approx([-10, 10, 50], abs=1e-4)
@@ -89,9 +89,9 @@ def test_scales_drift_is_measured_in_percent_of_calibration() -> None:
 def test_a_long_curve_stays_short_and_keeps_its_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "CURVE_POINTS", 4)
     losses = np.random.default_rng(0).normal(size=101).tolist()
-    curve = trainer.Curve()
+    curve = trainer.TrainingCurve()
     for step, loss in enumerate(losses, 1):
-        curve.note(step, {"loss": loss}, {"weights": 1e-5})
+        curve.update(step, {"loss": loss}, {"weights": 1e-5})
         assert len(curve.points) < 8
         if step == 53:
             curve.save(tmp_path / "curve.json")
@@ -101,17 +101,17 @@ def test_a_long_curve_stays_short_and_keeps_its_means(tmp_path: Path, monkeypatc
         begin, end = end, point["step"]
         assert end - begin == point["steps"] <= curve.stride
         assert point["loss loss"] == pytest.approx(np.mean(losses[begin:end]))
-    resumed = trainer.Curve.of(nn.Module(), tmp_path)
+    resumed = trainer.TrainingCurve.of(nn.Module(), tmp_path)
     for step, loss in enumerate(losses[53:], 54):
-        resumed.note(step, {"loss": loss}, {"weights": 1e-5})
+        resumed.update(step, {"loss": loss}, {"weights": 1e-5})
     assert resumed == curve
 
 
 def test_figure_shows_losses_rates_drift_marks_and_pictures(tmp_path: Path) -> None:
-    curve = trainer.Curve([nn.Parameter(torch.zeros(()))], [0.0], validated=[1, 2, 3, 9], saved=[2, 4])
+    curve = trainer.TrainingCurve([nn.Parameter(torch.zeros(()))], [0.0], validated=[1, 2, 3, 9], saved=[2, 4])
     for step in range(1, 11):
         losses = {"kd_loss": -step, "task_loss": math.nan if step == 4 else 2.0 * step, "loss": -step}
-        curve.note(step, losses, {"weights": 1e-5, "biases": 0.0 if step > 5 else 1e-4})
+        curve.update(step, losses, {"weights": 1e-5, "biases": 0.0 if step > 5 else 1e-4})
     args = argparse.Namespace(output_dir=tmp_path, validation_prompts=["a $ caption", "日本"])
     for step in (1, 9):  # those of steps 2 and 3 are gone
         trainer.validation_path(args, step, 0).parent.mkdir(exist_ok=True)
@@ -154,8 +154,8 @@ def test_a_damaged_curve_begins_anew(tmp_path: Path, damage: str | None, caplog:
     if damage is not None:
         (tmp_path / "curve.json").write_text(damage)
     with caplog.at_level(logging.WARNING, logger="train"):
-        curve = trainer.Curve.of(nn.Module(), tmp_path)
-    assert "training.png begins anew" in caplog.text and curve == trainer.Curve()
+        curve = trainer.TrainingCurve.of(nn.Module(), tmp_path)
+    assert "training.png begins anew" in caplog.text and curve == trainer.TrainingCurve()
 
 
 def test_without_training_there_is_no_picture(train: Callable[..., dict], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 import text2images
 import train_text_to_image_qat as trainer
 from conftest import BETAS, SIZE, run_command, tiny_xl_pipeline, training_in_process
-from test_checkpoints import BOTH, edit, load, paint, psnr, refusal, save
+from models import BOTH, edit, generate_image, load, psnr, refusal, save
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_commands_of_the_original_readme(xl_dir: Path, tmp_path: Path) -> None:
     for name, extra in (("fp32", []), ("int8", ["-qm", output])):
         short = ["--captions", caption, "--num_inference_steps", "5", "--output_dir", tmp_path / name]
         assert run_command(sys.executable, "text2images.py", *model, *extra, *short).returncode == 0
-    compared = run_command(sys.executable, "evaluate.py", tmp_path / "fp32", tmp_path / "int8", "--min_psnr", "30")
+    compared = run_command(sys.executable, "evaluate.py", tmp_path / "fp32", tmp_path / "int8", "--min_psnr", "41")
     assert compared.returncode == 0 and "1 pairs" in compared.stdout
     with Image.open(next((tmp_path / "int8").glob("*seed 42.png"))) as picture:
         assert picture.size == (SIZE, SIZE)  # what the checkpoint was made for, in training as in painting
@@ -64,7 +64,9 @@ def test_resumed_run_ends_with_the_same_bits(train_xl, tmp_path: Path) -> None:
     whole = train_xl(tmp_path, *flags)
     with Image.open(tmp_path / "validation/step-000004-prompt-0.png") as picture:
         pixels = np.asarray(picture, dtype=float)
-    assert pixels.shape == (SIZE, 2 * SIZE, 3) and 0 < np.abs(pixels[:, :SIZE] - pixels[:, SIZE:]).mean() < 40
+    assert (
+        pixels.shape == (SIZE, 2 * SIZE, 3) and 0 < np.abs(pixels[:, :SIZE] - pixels[:, SIZE:]).mean() < 12
+    )  # levels; it is 6
     (tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-4.partial")
     resumed = train_xl(tmp_path, *flags, "--resume_from_checkpoint", "latest")
     assert whole["checksum"] == resumed["checksum"]
@@ -144,7 +146,7 @@ def test_the_unet_hears_of_caption_and_size(xl_dir: Path) -> None:
     told = {"text_embeds": torch.randn(2, 40, generator=generator), "time_ids": torch.full((2, 6), 32.0)}
     words = torch.randn(2, 77, 80, generator=generator)
     latents = torch.randn(2, 4, SIZE // 2, SIZE // 2, generator=generator)
-    noised = trainer.Noised(
+    noised = trainer.NoisedBatch(
         latents, torch.tensor([9, 900]), {"encoder_hidden_states": words, "added_cond_kwargs": told}, latents, latents
     )
     with torch.no_grad():
@@ -162,9 +164,9 @@ def test_the_unet_hears_of_caption_and_size(xl_dir: Path) -> None:
 def test_int8_paints_what_fp32_paints(
     xl_dir: Path, xl_quant_model: Path, tmp_path: Path, flags: list[str], engine: str
 ) -> None:
-    fp32 = paint(xl_dir, tmp_path / "fp32", *flags)
-    int8 = paint(xl_dir, tmp_path / "int8", "-qm", str(xl_quant_model), *flags, "--engine", engine)
-    assert fp32.shape == (SIZE, SIZE, 3) and psnr(int8, fp32) > 30
+    fp32 = generate_image(xl_dir, tmp_path / "fp32", *flags)
+    int8 = generate_image(xl_dir, tmp_path / "int8", "-qm", str(xl_quant_model), *flags, "--engine", engine)
+    assert fp32.shape == (SIZE, SIZE, 3) and psnr(int8, fp32) > 43
     row = json.loads((tmp_path / "int8/results.jsonl").read_text())
     assert row["paired_guidance"] == ("--guidance_scale" not in flags)
 
@@ -172,7 +174,7 @@ def test_int8_paints_what_fp32_paints(
 def test_fp32_pictures_are_those_of_diffusers(xl_dir: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
-    ours = paint(xl_dir, tmp_path)
+    ours = generate_image(xl_dir, tmp_path)
     pipeline = StableDiffusionXLPipeline.from_pretrained(xl_dir, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.randn((1, 4, SIZE // 2, SIZE // 2), generator=torch.Generator().manual_seed(42))
@@ -188,8 +190,8 @@ def test_a_turbo_checkpoint_trains_and_paints_one_step_without_guidance(data_dir
     with training_in_process(tmp_path / "model", data_dir) as run:
         run(tmp_path / "out", "--max_train_steps", "1")
     flags = ["--num_inference_steps", "1", "--guidance_scale", "0"]
-    fp32 = paint(tmp_path / "model", tmp_path / "fp32", *flags)
-    assert psnr(paint(tmp_path / "model", tmp_path / "int8", *flags, "-qm", str(tmp_path / "out")), fp32) > 30
+    fp32 = generate_image(tmp_path / "model", tmp_path / "fp32", *flags)
+    assert psnr(generate_image(tmp_path / "model", tmp_path / "int8", *flags, "-qm", str(tmp_path / "out")), fp32) > 44
 
 
 # ---------------------------------------------------------------- what is refused

@@ -48,7 +48,8 @@ def watch_ranks(script: Any) -> None:
     def noted_distill(state: Any, *rest: Any) -> None:
         ranges = {name: tensor.clone() for name, tensor in state.student.state_dict().items() if "observer" in name}
         distill(state, *rest)
-        state_after = {"calibrated": ranges, "student": state.student.state_dict(), "ema": state.ema.shadow_params}
+        average = list(state.average.parameters())
+        state_after = {"calibrated": ranges, "student": state.student.state_dict(), "average": average}
         torch.save({**state_after, "losses": state.losses}, f"{log}.rank{rank}")
 
     def noted_checkpoint(*arguments: Any) -> None:
@@ -80,7 +81,7 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(start, train, tm
     assert first["calibrated"] and first["losses"] == second["losses"]
     for part in ("calibrated", "student"):
         assert all(torch.equal(tensor, second[part][name]) for name, tensor in first[part].items())
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(first["ema"], second["ema"]))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(first["average"], second["average"]))
 
     # the sum of two gradients does not depend on their order: the tolerance is zero
     two = torch.load(output / "quant_model.pt", weights_only=True)
@@ -115,8 +116,8 @@ def test_batch_of_nan_in_one_process_is_left_out_by_both(start, tmp_path: Path) 
 
 
 def test_streams_are_shared_by_two_processes(start, tmp_path: Path) -> None:
-    from test_streaming import pair as sample
-    from test_streaming import write_tar
+    from data import pair as sample
+    from data import write_tar
 
     for shard in range(2):
         levels = range(6 * shard, 6 * shard + 6)
@@ -156,8 +157,8 @@ def test_signal_that_comes_while_the_processes_compare_theirs_is_kept(monkeypatc
         torch.distributed, "all_reduce", lambda told, op: [signal.raise_signal(arriving.pop()) for _ in arriving[:1]]
     )
     try:
-        stop = trainer.StopRequest(accelerator)
-        assert [stop.received(), stop.received()] == [0, signal.SIGTERM]
+        stop = trainer.ShutdownSignal(accelerator)
+        assert [stop.poll(), stop.poll()] == [0, signal.SIGTERM]
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -202,7 +202,7 @@ def captions() -> list[Case]:
         kept("lines.png", GOOD, "one\r\ntwo", "one two", remarks=lines),
         kept("u+2028.png", GOOD, "one\u2028two\u0085three", "one two three", remarks=lines),
         Case("dot caption", dot_caption, {"dot.png": "c"}, remarks={cm.DOT_CAPTION: 1}),
-        kept("latin-1.png", GOOD, "café".encode("latin-1"), "café", remarks={cm.LATIN1: 1}),
+        kept("latin-1.png", GOOD, "café".encode("latin-1"), "café", remarks={cm.ANSI: 1}),
         spoilt("empty.png", GOOD, cm.EMPTY_CAPTION, ""),
         spoilt("blank.png", GOOD, cm.EMPTY_CAPTION, b"\xef\xbb\xbf \r\n\t"),
         spoilt("zeros.png", GOOD, cm.NOT_TEXT, b"a\0b"),

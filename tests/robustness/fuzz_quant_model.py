@@ -1,6 +1,6 @@
 """Throw damaged and hostile variants of a quant_model.pt at its loader, for a given time.
 
-    python tests/fuzz_quant_model.py --seconds 600 MODEL_DIR QUANT_MODEL
+    python tests/robustness/fuzz_quant_model.py --seconds 600 MODEL_DIR QUANT_MODEL
 
 Each variant must be refused by a UsageError of one line, or hold what the original holds (or, where its author
 could recompute the checksum, run). A crash, a hang of 20 s or 1 GiB more memory ends the run with its number.
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import text2images
 
 EDGES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1]
@@ -179,13 +179,14 @@ class Target:
         return "accepted, the same" if same else "accepted, with a new checksum"
 
 
-def fuzz(target: Target, seconds: float, first: int) -> Counter[str]:
+def fuzz(target: Target, seconds: float, executions: int | None, first: int) -> Counter[str]:
+    """Ends after so many seconds, or after so many executions where they are given."""
     outcomes: Counter[str] = Counter()
     deadline, number = time.monotonic() + seconds, first
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "variant.pt")
         target.outcome(Path(path.write_bytes(target.data) and path), "bytes")  # warm-up: memory that stays
-        while time.monotonic() < deadline:
+        while number < first + executions if executions else time.monotonic() < deadline:
             kind = target.write_variant(path, number)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             faulthandler.dump_traceback_later(20, exit=True)
@@ -206,12 +207,13 @@ def main() -> None:
     parser.add_argument("model_dir", type=Path, help="the base model")
     parser.add_argument("quant_model", type=Path, help="a good quant_model.pt of it")
     parser.add_argument("--seconds", type=float, default=600, help="how long")
+    parser.add_argument("--executions", type=int, help="end after so many variants instead")
     parser.add_argument("--first", type=int, default=0, help="number of the first variant: each is a function of it")
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))  # a variant that gets through shall not take it all
     faulthandler.enable()
     torch.set_num_threads(1)
-    outcomes = fuzz(Target(args.model_dir, args.quant_model), args.seconds, args.first)
+    outcomes = fuzz(Target(args.model_dir, args.quant_model), args.seconds, args.executions, args.first)
     print(json.dumps({"executions": outcomes.total(), **dict(outcomes.most_common())}, indent=1))
 
 
