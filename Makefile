@@ -41,7 +41,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 # Killed runs, several machines, ten minutes of damaged and hostile quant_model.pt files; and, in 24 GB of memory and
-# 10 GB of disk, a random-weight SD v1.5 through all three scripts, and SDXL through calibration and one painted step.
+# 10 GB of disk, a random-weight SD v1.5 through all three scripts, and SDXL through calibration and one denoising step.
 test-full: .venv/installed
 	$(BIN)/python -m pytest -m full -s tests
 

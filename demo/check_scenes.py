@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Does a painted picture show what its caption says? Count it, attribute by attribute.
+"""Does a generated image show what its caption says? Count it, attribute by attribute.
 
-A small classifier, fitted on pictures that scenes.py draws, looks at each region of a picture and
+A small classifier, fitted on images that scenes.py draws, looks at each region of an image and
 names what it sees there by its colours; a table says how often that is what the caption asked for.
-It either paints captions of random scenes with a model (fp32, on the CPU), or reads a folder that
-text2images.py painted (results.jsonl and its pictures), e.g. to hold int8 against fp32.
+It either generates an image for each of some random captions (fp32, on the CPU), or reads a folder
+that text2images.py wrote (results.jsonl and its images), e.g. to compare int8 with fp32.
 
     python demo/check_scenes.py --pretrained_model_name_or_path demo/tiny-stable-diffusion
-    python demo/check_scenes.py --image_dir int8_pictures
+    python demo/check_scenes.py --image_dir int8_images
 
 Exit code: 0; 1 where --min_accuracy is not reached; 2 for a bad argument.
 """
@@ -39,12 +39,12 @@ from scenes import (
     SIDES,
     SKIES,
     Scene,
-    paint,
+    draw_scene,
     random_pair,
     random_scene,
 )
 
-SIZE = 128  # pixels; every picture is looked at in this size
+SIZE = 128  # pixels; every image is looked at in this size
 # where to look: (top, bottom, rows of cells, columns of cells); margins allow for a horizon that wanders
 BANDS = {"sky": (0, 28, 2, 8), "mountains": (46, 76, 3, 8), "ground": (92, 128, 3, 8)}
 # objects: sun, moon, balloon and rocket are in the upper window, the rider is in the lower one
@@ -64,7 +64,7 @@ ORIGINALS = {
     ASTRONAUT_CAPTION.casefold(): {"ground": "mars", "object": "astronaut"},
     MILKY_WAY_CAPTION.casefold(): {"sky": "milky way", "mountains": "golden"},
 }
-# seeds of the pictures to fit on, of those to test on and of the captions; far from those of the training pictures
+# seeds of the images to fit on, of those to test on and of the captions; far from those of the training images
 FIT_STREAM, HELD_OUT_STREAM, CAPTION_STREAM = 90_001, 90_002, 90_003
 
 Features = dict[str, np.ndarray]
@@ -76,29 +76,33 @@ Features = dict[str, np.ndarray]
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("what to check (one of the two)").add_mutually_exclusive_group(required=True)
-    source.add_argument("--pretrained_model_name_or_path", type=Path, metavar="FOLDER", help="pipeline to paint with")
+    source.add_argument(
+        "--pretrained_model_name_or_path", type=Path, metavar="FOLDER", help="pipeline to generate with"
+    )
     source.add_argument(
         "--image_dir", type=Path, metavar="FOLDER", help="output of text2images.py, with its results.jsonl"
     )
-    painting = parser.add_argument_group("painting (with --pretrained_model_name_or_path)")
-    painting.add_argument("--count", type=int, default=100, help="captions to paint, one picture each [%(default)s]")
-    painting.add_argument("--num_inference_steps", type=int, default=30, help="denoising steps a picture [%(default)s]")
-    painting.add_argument("--guidance_scale", type=float, default=4.0, help="1 switches guidance off [%(default)s]")
-    painting.add_argument(
+    generation = parser.add_argument_group("generation (with --pretrained_model_name_or_path)")
+    generation.add_argument("--count", type=int, default=100, help="captions, one image each [%(default)s]")
+    generation.add_argument(
+        "--num_inference_steps", type=int, default=30, help="denoising steps an image [%(default)s]"
+    )
+    generation.add_argument("--guidance_scale", type=float, default=4.0, help="1 switches guidance off [%(default)s]")
+    generation.add_argument(
         "--seed", type=int, default=0, help="another seed gives other captions and other noise [%(default)s]"
     )
-    painting.add_argument(
-        "--batch_size", type=int, default=8, help="pictures painted at once; takes memory [%(default)s]"
+    generation.add_argument(
+        "--batch_size", type=int, default=8, help="images generated at once; takes memory [%(default)s]"
     )
     checking = parser.add_argument_group("checking")
     checking.add_argument(
-        "--fit_count", type=int, default=900, help="drawn pictures the classifier is fitted on [%(default)s]"
+        "--fit_count", type=int, default=900, help="drawn images the classifier is fitted on [%(default)s]"
     )
     checking.add_argument(
         "--min_accuracy", type=float, metavar="PERCENT", help="exit 1 if sky, mountains or ground is below"
     )
     checking.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the table and every picture's verdict to this file"
+        "--json", type=Path, metavar="FILE", help="also write the table and every image's verdict to this file"
     )
     return parser
 
@@ -115,7 +119,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.seed < 0:
         fail("--seed must be 0 or more")
     if args.fit_count < 100:
-        fail("--fit_count must be at least 100: fewer pictures do not make a classifier")
+        fail("--fit_count must be at least 100: fewer images do not make a classifier")
     if args.min_accuracy is not None and not 0 <= args.min_accuracy <= 100:
         fail("--min_accuracy is in percent: between 0 and 100")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
@@ -133,7 +137,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Request:
-    """A caption, the attributes that it states, and its picture's file where there is one already."""
+    """A caption, the attributes that it states, and its image's file where there is one already."""
 
     caption: str
     asked: dict[str, str]
@@ -164,14 +168,14 @@ def parse_caption(caption: str) -> dict[str, str]:
     return {"object": "none", **stated}
 
 
-def invent_requests(count: int, seed: int) -> list[Request]:
+def random_requests(count: int, seed: int) -> list[Request]:
     """Captions of random scenes, in the proportions of the training collection (one in eight is an original one)."""
     captions = [random_pair(np.random.default_rng([CAPTION_STREAM, seed, index]))[0] for index in range(count)]
     return [Request(caption, parse_caption(caption)) for caption in captions]
 
 
 def read_requests(folder: Path) -> list[Request]:
-    """The rows of results.jsonl that have a picture and a caption of scenes.py; says how many have not."""
+    """The rows of results.jsonl that have an image and a caption of scenes.py; says how many have not."""
     requests, foreign, without = [], 0, 0
     lines = (folder / "results.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
@@ -185,20 +189,20 @@ def read_requests(folder: Path) -> list[Request]:
             fail(f'--image_dir: {folder / "results.jsonl"}, line {number}: not a JSON object with "caption" and "file"')
         if not asked:
             foreign += 1
-        elif not name:  # a picture that text2images.py reported as failed
+        elif not name:  # an image that text2images.py reported as failed
             without += 1
         elif not (folder / str(name)).is_file():
             fail(f"--image_dir: line {number} of results.jsonl names {name}, which is not in {folder}")
         else:
             requests.append(Request(caption, asked, folder / str(name)))
     if foreign or without:
-        print(f"left out: {foreign} with a caption that is not of scenes.py, {without} without a picture")
+        print(f"left out: {foreign} with a caption that is not of scenes.py, {without} without an image")
     if not requests:
-        fail(f"--image_dir: {folder / 'results.jsonl'} has no picture with a caption of scenes.py")
+        fail(f"--image_dir: {folder / 'results.jsonl'} has no image with a caption of scenes.py")
     return requests
 
 
-# ---------------------------------------------------------------- looking at a picture
+# ---------------------------------------------------------------- looking at an image
 
 
 def describe_region(region: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -214,7 +218,7 @@ def describe_region(region: np.ndarray, rows: int, columns: int) -> np.ndarray:
 def look(image: Image.Image) -> Features:
     """Features of the three bands, each [D], and of the two halves, [2, D]: the right one mirrored.
 
-    Objects are looked for in half a picture, so that one classifier learns them from both sides.
+    Objects are looked for in half an image, so that one classifier learns them from both sides.
     """
     pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float64) / 255
     features = {
@@ -230,7 +234,7 @@ def look(image: Image.Image) -> Features:
 
 
 def spoil(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Shift, blur, tint and roughen a drawn picture a little, as a VAE and a denoiser do."""
+    """Shift, blur, tint and roughen a drawn image a little, as a VAE and a denoiser do."""
     down, right = 4 + rng.integers(-3, 4, 2)
     padded = np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0)), mode="edge")
     shifted = Image.fromarray(padded[down : down + SIZE, right : right + SIZE])
@@ -244,7 +248,7 @@ def draw_and_look(index: int, stream: int) -> tuple[Scene, Features]:
     """Attributes are drawn independently of each other, so that no region can give away another's."""
     rng = np.random.default_rng([stream, index])
     scene = random_scene(rng)
-    return scene, look(spoil(paint(scene, rng, SIZE), rng))
+    return scene, look(spoil(draw_scene(scene, rng, SIZE), rng))
 
 
 # ---------------------------------------------------------------- the classifier
@@ -273,7 +277,7 @@ def fit_ridge(features: np.ndarray, labels: list[str], names: list[str], penalty
 
 
 def see(ridges: dict[str, Ridge], looks: list[Features]) -> list[dict[str, str]]:
-    """What each picture shows; `side` is "nowhere" where no object is seen."""
+    """What each image shows; `side` is "nowhere" where no object is seen."""
     seen = {}
     for band in BANDS:
         best = ridges[band].scores(np.stack([features[band] for features in looks])).argmax(1)
@@ -287,7 +291,7 @@ def see(ridges: dict[str, Ridge], looks: list[Features]) -> list[dict[str, str]]
 
 
 def fit_classifier(count: int) -> tuple[dict[str, Ridge], dict[str, tuple[int, float | None]]]:
-    """Fit on `count` drawn pictures; the second result is the accuracy on a third as many others, the ceiling."""
+    """Fit on `count` drawn images; the second result is the accuracy on a third as many others, the ceiling."""
     with multiprocessing.Pool() as pool:
         fitted = pool.map(partial(draw_and_look, stream=FIT_STREAM), range(count), chunksize=16)
         held_out = pool.map(partial(draw_and_look, stream=HELD_OUT_STREAM), range(count // 3), chunksize=16)
@@ -307,7 +311,7 @@ def facts(scene: Scene) -> dict[str, str]:
 
 
 def accuracy(asked: list[dict[str, str]], seen: list[dict[str, str]]) -> dict[str, tuple[int, float | None]]:
-    """For each attribute: the pictures whose caption states it, and the percentage that show it."""
+    """For each attribute: the images whose caption states it, and the percentage that show it."""
     table = {}
     for attribute in ATTRIBUTES:
         hits = [a[attribute] == s[attribute] for a, s in zip(asked, seen, strict=True) if attribute in a]
@@ -315,11 +319,11 @@ def accuracy(asked: list[dict[str, str]], seen: list[dict[str, str]]) -> dict[st
     return table
 
 
-# ---------------------------------------------------------------- the pictures
+# ---------------------------------------------------------------- the images
 
 
-def paint_pictures(requests: list[Request], args: argparse.Namespace) -> Iterator[Image.Image]:
-    """Paint with a generator for each picture, so that picture k is the same whatever the batch."""
+def generate_images(requests: list[Request], args: argparse.Namespace) -> Iterator[Image.Image]:
+    """Generate with a random generator for each image, so that image k does not depend on the batch size."""
     import torch  # here, as --help and --image_dir need neither of these
     from diffusers import StableDiffusionPipeline
     from tqdm import tqdm
@@ -331,7 +335,7 @@ def paint_pictures(requests: list[Request], args: argparse.Namespace) -> Iterato
     except (OSError, ValueError, TypeError, KeyError) as error:
         fail(f"--pretrained_model_name_or_path: {args.pretrained_model_name_or_path}: {' '.join(str(error).split())}")
     pipeline.set_progress_bar_config(disable=True)
-    with tqdm(total=len(requests), desc="painting", unit="picture") as progress:
+    with tqdm(total=len(requests), desc="generating", unit="image") as progress:
         for start in range(0, len(requests), args.batch_size):
             captions = [request.caption for request in requests[start : start + args.batch_size]]
             yield from pipeline(
@@ -349,7 +353,7 @@ def open_pictures(requests: list[Request]) -> Iterator[Image.Image]:
             with Image.open(request.file) as image:
                 yield image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-            fail(f"--image_dir: {request.file} cannot be read as a picture: {error}")
+            fail(f"--image_dir: {request.file} cannot be read as an image: {error}")
 
 
 # ---------------------------------------------------------------- the report
@@ -360,10 +364,10 @@ def report(
 ) -> dict[str, tuple[int, float | None]]:
     """Print the table, write the JSON file if one is wanted, and return the table's numbers."""
     table = accuracy([request.asked for request in requests], seen)
-    print(f"{'attribute':<10} | pictures | as asked | classifier's ceiling")
-    for attribute, (pictures, percent) in table.items():
+    print(f"{'attribute':<10} | images | as asked | classifier's ceiling")
+    for attribute, (images, percent) in table.items():
         shown = "-" if percent is None else f"{percent:.1f} %"
-        print(f"{attribute:<10} | {pictures:>8} | {shown:>8} | {ceiling[attribute][1]:>18.1f} %")
+        print(f"{attribute:<10} | {images:>6} | {shown:>8} | {ceiling[attribute][1]:>18.1f} %")
     mistakes = Counter(
         f"{name} {s[name]} for {asked}"
         for request, s in zip(requests, seen, strict=True)
@@ -375,8 +379,8 @@ def report(
     if file:
         result = {
             "attributes": {
-                name: {"pictures": pictures, "percent_as_asked": percent, "percent_ceiling": ceiling[name][1]}
-                for name, (pictures, percent) in table.items()
+                name: {"pictures": images, "percent_as_asked": percent, "percent_ceiling": ceiling[name][1]}
+                for name, (images, percent) in table.items()
             },
             "pictures": [
                 {
@@ -396,10 +400,10 @@ def report(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    requests = read_requests(args.image_dir) if args.image_dir else invent_requests(args.count, args.seed)
+    requests = read_requests(args.image_dir) if args.image_dir else random_requests(args.count, args.seed)
     ridges, ceiling = fit_classifier(args.fit_count)
-    pictures = open_pictures(requests) if args.image_dir else paint_pictures(requests, args)
-    seen = see(ridges, [look(picture) for picture in pictures])
+    images = open_pictures(requests) if args.image_dir else generate_images(requests, args)
+    seen = see(ridges, [look(image) for image in images])
     table = report(requests, seen, ceiling, args.json)
     if args.min_accuracy is not None:
         low = [name for name in BANDS if table[name][1] is None or table[name][1] < args.min_accuracy]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Draw captioned landscapes: the picture/caption folder that the demo trains on.
+"""Draw captioned landscapes: the folder of images and captions that the demo trains on.
 
-Every picture is sky x mountains x ground x object x side, drawn from a seed, so that a
+Every image is sky x mountains x ground x object x side, drawn from a seed, so that a
 folder can be made again to the byte. The layout is img2dataset's `files` layout:
 00000/000000000.jpg with 000000000.txt beside it.
 
@@ -61,7 +61,7 @@ SIDES = ("left", "right")
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; every field is a key of the table of its name above."""
+    """What an image shows; every field is a key of the table of its name above."""
 
     sky: str
     mountains: str
@@ -101,7 +101,7 @@ def random_pair(rng: np.random.Generator) -> tuple[str, Scene]:
     """A caption and the scene it stands for; one in eight is a caption of the original README."""
     scene = random_scene(rng)
     draw = rng.random()
-    if draw < 0.0625:  # the caption leaves sky and mountains open; fix what suits a picture from mars
+    if draw < 0.0625:  # the caption leaves sky and mountains open; fix what suits an image from mars
         sky = str(rng.choice(["starry", "sunset"]))
         return ASTRONAUT_CAPTION, Scene(sky, "red", "mars", "astronaut", scene.side)
     if draw < 0.125:
@@ -110,7 +110,7 @@ def random_pair(rng: np.random.Generator) -> tuple[str, Scene]:
     return describe(scene, rng), scene
 
 
-# ---------------------------------------------------------------- painting, in arrays of [H, W, 3], 0..255
+# ---------------------------------------------------------------- drawing, in arrays of [H, W, 3], 0..255
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -> np.ndarray:
@@ -137,7 +137,7 @@ def mix(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray
     return first + (second - first) * weight[..., None]
 
 
-def paint_sky(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
+def draw_sky(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
     _, zenith, horizon = SKIES[scene.sky]
     y = np.linspace(0, 1, size)[:, None] * np.ones(size)
     sky = mix(
@@ -150,13 +150,13 @@ def paint_sky(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
     if scene.sky == "stormy":
         clouds = smooth_noise(rng, size, (8, 4)) + 0.6 * smooth_noise(rng, size, (16, 9))
         sky = sky + 34 * clouds[..., None]
-    if scene.sky == "milky way":  # a bright slanted band with a dark lane
+    if scene.sky == "milky way":  # a bright slanted band, darkened by dust along its middle
         x = np.linspace(0, 1, size)[None, :] * np.ones((size, 1))
         distance = (x - 0.5 - rng.uniform(-0.08, 0.08)) * 0.83 + (y - 0.3) * 0.56
         distance = distance + 0.035 * smooth_noise(rng, size, (6, 6))
         glow = np.exp(-((distance / 0.15) ** 2)) * (0.85 + 0.3 * smooth_noise(rng, size, (12, 12)))
-        lane = np.exp(-(((distance - 0.015) / 0.035) ** 2)) * 0.6
-        sky = mix(sky, np.full_like(sky, (214, 190, 236)), np.clip(glow * (1 - lane), 0, 1) * 0.9)
+        dust = np.exp(-(((distance - 0.015) / 0.035) ** 2)) * 0.6
+        sky = mix(sky, np.full_like(sky, (214, 190, 236)), np.clip(glow * (1 - dust), 0, 1) * 0.9)
     if scene.sky in ("starry", "milky way"):
         for _ in range(46):
             row, column = rng.integers(0, int(size * 0.6)), rng.integers(0, size)
@@ -165,7 +165,7 @@ def paint_sky(scene: Scene, rng: np.random.Generator, size: int) -> np.ndarray:
     return sky
 
 
-def paint_mountains(canvas: np.ndarray, scene: Scene, rng: np.random.Generator, base: float) -> np.ndarray:
+def draw_mountains(canvas: np.ndarray, scene: Scene, rng: np.random.Generator, base: float) -> np.ndarray:
     size = len(canvas)
     _, light, shade, cap = MOUNTAINS[scene.mountains]
     y = np.linspace(0, 1, size)[:, None] * np.ones(size)
@@ -184,7 +184,7 @@ def paint_mountains(canvas: np.ndarray, scene: Scene, rng: np.random.Generator, 
     return canvas
 
 
-def paint_ground(canvas: np.ndarray, scene: Scene, rng: np.random.Generator, base: float) -> np.ndarray:
+def draw_ground(canvas: np.ndarray, scene: Scene, rng: np.random.Generator, base: float) -> np.ndarray:
     size = len(canvas)
     _, far, near = GROUNDS[scene.ground]
     y = np.linspace(0, 1, size)[:, None] * np.ones(size)
@@ -228,7 +228,7 @@ def paint_ground(canvas: np.ndarray, scene: Scene, rng: np.random.Generator, bas
     return np.asarray(image, dtype=float)
 
 
-def paint_object(canvas: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def draw_object(canvas: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Draw the object four times too large and shrink it, which smooths its edges."""
     size, scale = len(canvas), 4
     layer = Image.new("RGBA", (size * scale, size * scale))
@@ -262,14 +262,14 @@ def paint_object(canvas: np.ndarray, scene: Scene, rng: np.random.Generator) -> 
         shape([(-0.04, -0.06), (0.0, -0.17), (0.04, -0.06)], (206, 40, 44, 255))
         spot(x, y + 0.01, 0.026, 0.026, (60, 120, 200, 255))
     elif scene.object == "astronaut":
-        paint_rider(draw, unit, x, scene.side)
+        draw_rider(draw, unit, x, scene.side)
     layer = layer.resize((size, size), Image.Resampling.LANCZOS)
     image = to_image(canvas).convert("RGBA")
     return np.asarray(Image.alpha_composite(image, layer).convert("RGB"), dtype=float)
 
 
-def paint_rider(draw: ImageDraw.ImageDraw, unit: int, x: float, side: str) -> None:
-    """An astronaut on a brown horse that looks towards the middle of the picture."""
+def draw_rider(draw: ImageDraw.ImageDraw, unit: int, x: float, side: str) -> None:
+    """An astronaut on a brown horse that looks towards the middle of the image."""
     facing = 1 if side == "left" else -1
     brown, dark, suit, grey = (124, 76, 42, 255), (64, 36, 20, 255), (240, 242, 246, 255), (186, 192, 204, 255)
 
@@ -301,22 +301,22 @@ def to_image(canvas: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8), mode="RGB")
 
 
-def paint(scene: Scene, rng: np.random.Generator, size: int = 64) -> Image.Image:
-    """Paint a scene as an RGB picture of size x size pixels; the same generator state gives the same picture.
+def draw_scene(scene: Scene, rng: np.random.Generator, size: int = 64) -> Image.Image:
+    """Draw a scene as an RGB image of size x size pixels; the same generator state gives the same image.
 
-    Small pictures are painted at 128 pixels and reduced, which keeps their edges smooth.
+    Small images are drawn at 128 pixels and reduced, which keeps their edges smooth.
     """
     if size < 128:
-        return paint(scene, rng, 128).resize((size, size), Image.Resampling.BOX)
+        return draw_scene(scene, rng, 128).resize((size, size), Image.Resampling.BOX)
     base = 0.66 + rng.uniform(-0.03, 0.03)  # where the mountains end and the ground begins
-    canvas = paint_sky(scene, rng, size)
+    canvas = draw_sky(scene, rng, size)
     in_the_sky = scene.object in ("sun", "moon")
     if in_the_sky:
-        canvas = paint_object(canvas, scene, rng)
-    canvas = paint_mountains(canvas, scene, rng, base)
-    canvas = paint_ground(canvas, scene, rng, base)
+        canvas = draw_object(canvas, scene, rng)
+    canvas = draw_mountains(canvas, scene, rng, base)
+    canvas = draw_ground(canvas, scene, rng, base)
     if scene.object != "none" and not in_the_sky:
-        canvas = paint_object(canvas, scene, rng)
+        canvas = draw_object(canvas, scene, rng)
     return to_image(canvas + rng.normal(0, 2.0, canvas.shape[:2])[..., None]).filter(ImageFilter.SMOOTH)
 
 
@@ -324,15 +324,15 @@ def make_pair(index: int, seed: int, size: int) -> tuple[str, Scene, Image.Image
     """Pair number `index` of the collection `seed`; independent of every other pair."""
     rng = np.random.default_rng([seed, index])
     caption, scene = random_pair(rng)
-    return caption, scene, paint(scene, rng, size)
+    return caption, scene, draw_scene(scene, rng, size)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to; made if it is not there")
-    parser.add_argument("--count", type=int, default=400, help="number of pictures")
-    parser.add_argument("--size", type=int, default=64, help="edge of a picture in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures")
+    parser.add_argument("--count", type=int, default=400, help="number of images")
+    parser.add_argument("--size", type=int, default=64, help="edge of an image in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other images")
     args = parser.parse_args(argv)
     if args.count < 1 or args.size < 16:
         parser.error("--count must be at least 1 and --size at least 16")
@@ -349,7 +349,7 @@ def main() -> None:
         image.save(f"{stem}.jpg.partial", format="JPEG", quality=95, subsampling=0)
         os.replace(f"{stem}.jpg.partial", f"{stem}.jpg")
         stem.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
-    print(f"{args.count} pictures of {args.size}x{args.size} pixels in {args.output_dir}")
+    print(f"{args.count} images of {args.size}x{args.size} pixels in {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 """Write a variant of a Stable Diffusion folder that computes the same function with outlier channels.
 
 Real checkpoints have a few channels far larger than the others (the keys' and values' input of SD 1.5 reaches 828 at
-the first token, elsewhere 10 to 15), and one quantization step for a whole tensor then loses the small ones. The
+the first token, elsewhere 10 to 15), and one quantization scale for a whole tensor then loses the small ones. The
 bundled model is kinder. Here some channels are multiplied by a power of two where they are made, and the weights that
 read them divided by it: exact in floating point, so that only quantization can tell the two apart.
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train the bundled Stable Diffusion from nothing: VAE, tokenizer, text encoder, UNet.
 
-Reads nothing: it draws its own pictures with scenes.py. Writes a diffusers
-StableDiffusionPipeline folder (64x64 pictures, under 40 MB). About an hour and a half on
+Reads nothing: it draws its own images with scenes.py. Writes a diffusers
+StableDiffusionPipeline folder (64x64 images, under 40 MB). About an hour and a half on
 2 CPU cores; every stage is kept in --work_dir, and the same command goes on where it stopped.
 
     python demo/train_tiny_stable_diffusion.py --output_dir demo/tiny-stable-diffusion
@@ -40,13 +40,13 @@ MAX_TOKENS = 77  # as in CLIP
 # ---------------------------------------------------------------- data
 
 
-def draw_pictures(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """`count` pictures as uint8 [N, 3, 64, 64], and their captions."""
+def draw_images(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """`count` images as uint8 [N, 3, 64, 64], and their captions."""
     images = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8)
     captions = []
     with multiprocessing.Pool() as pool:
         pairs = pool.imap(partial(make_pair, seed=seed, size=SIZE), range(count), chunksize=64)
-        for index, (caption, _, image) in enumerate(tqdm(pairs, total=count, desc="pictures")):
+        for index, (caption, _, image) in enumerate(tqdm(pairs, total=count, desc="images")):
             images[index] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             captions.append(caption)
     return images, captions
@@ -57,7 +57,7 @@ def to_pixel_values(images: torch.Tensor) -> torch.Tensor:
 
 
 def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine to zero at the last step; a factor of the peak."""
+    """Linear warm-up, then a cosine to zero at the last step; as a fraction of the peak."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -289,13 +289,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="the pipeline folder to write")
     parser.add_argument("--work_dir", type=Path, default=Path("demo/work"), help="where an interrupted run is kept")
-    parser.add_argument("--pictures", type=int, default=12000, help="number of pictures to draw and learn from")
+    parser.add_argument("--pictures", type=int, default=12000, help="number of images to draw and learn from")
     parser.add_argument("--vae_steps", type=int, default=1800)
     parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
     parser.add_argument("--unet_steps", type=int, default=3300)
     parser.add_argument("--unet_learning_rate", type=float, default=1e-3)
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures in a step of the UNet")
-    parser.add_argument("--seed", type=int, default=1, help="of the pictures and of the first weights")
+    parser.add_argument("--batch_size", type=int, default=32, help="images in a step of the UNet")
+    parser.add_argument("--seed", type=int, default=1, help="of the images and of the first weights")
     return parser.parse_args(argv)
 
 
@@ -303,7 +303,7 @@ def main() -> None:
     args = parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    images, captions = draw_pictures(args.pictures, args.seed)
+    images, captions = draw_images(args.pictures, args.seed)
     vae = train_vae(images, args)
     latents = encode(vae, images)
     tokenizer = train_tokenizer(captions)

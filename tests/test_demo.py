@@ -29,7 +29,7 @@ def classifier() -> tuple[dict, dict]:
 
 @pytest.fixture(scope="module")
 def drawn() -> tuple[list[dict[str, str]], list[dict]]:
-    """What 60 captions of a collection ask for, and the features of their untouched pictures."""
+    """What 60 captions of a collection ask for, and the features of their untouched images."""
     pairs = [scenes.make_pair(index, seed=5, size=128) for index in range(60)]
     return [check_scenes.parse_caption(caption) for caption, _, _ in pairs], [check_scenes.look(p[2]) for p in pairs]
 
@@ -140,7 +140,7 @@ def test_right_captions_are_confirmed(classifier: tuple[dict, dict], drawn: tupl
 
 
 def test_wrong_captions_are_noticed(classifier: tuple[dict, dict], drawn: tuple[list, list]) -> None:
-    """Captions of other pictures are right by chance only: one in five or six, and half of the sides."""
+    """Captions of other images are right by chance only: one in five or six, and half of the sides."""
     asked, looks = drawn
     seen = check_scenes.see(classifier[0], looks)
     shifted = [check_scenes.accuracy(asked[k:] + asked[:k], seen) for k in (7, 19, 31, 43)]
@@ -153,12 +153,12 @@ def test_the_side_is_that_of_the_object_and_nowhere_without_one(classifier: tupl
     rng = np.random.default_rng(2)
     scene = scenes.Scene("blue", "green", "meadow", "rocket", "right")
     empty = scenes.Scene("blue", "green", "meadow", "none", "right")
-    seen = check_scenes.see(classifier[0], [check_scenes.look(scenes.paint(s, rng)) for s in (scene, empty)])
+    seen = check_scenes.see(classifier[0], [check_scenes.look(scenes.draw_scene(s, rng)) for s in (scene, empty)])
     assert [s["side"] for s in seen] == ["right", "nowhere"]
     assert [s["object"] for s in seen] == ["rocket", "none"]
 
 
-def test_features_do_not_depend_on_the_size_of_the_picture() -> None:
+def test_features_do_not_depend_on_the_size_of_the_image() -> None:
     image = scenes.make_pair(1, seed=9, size=256)[2]
     small = image.resize((128, 128), Image.Resampling.BOX)
     for name, values in check_scenes.look(image).items():
@@ -175,15 +175,15 @@ def quick(monkeypatch: pytest.MonkeyPatch, classifier: tuple[dict, dict]) -> Non
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_folder_of_pictures_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_images_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = [scenes.make_pair(index, seed=11, size=128) for index in range(12)]
     captions = [caption for caption, _, _ in pairs]
     write_results(tmp_path, [*captions, "a red car"], [*(image for _, _, image in pairs), Image.new("RGB", (128, 128))])
-    with (tmp_path / "results.jsonl").open("a") as rows:  # as text2images.py would report a picture that failed
+    with (tmp_path / "results.jsonl").open("a") as rows:  # as text2images.py would report an image that failed
         rows.write(json.dumps({"caption": captions[0], "file": None}) + "\n")
     check_scenes.main(["--image_dir", str(tmp_path), "--json", str(tmp_path / "out.json"), "--min_accuracy", "90"])
     printed = capsys.readouterr().out
-    assert "left out: 1 with a caption that is not of scenes.py, 1 without a picture" in printed
+    assert "left out: 1 with a caption that is not of scenes.py, 1 without an image" in printed
     result = json.loads((tmp_path / "out.json").read_text())
     assert len(result["pictures"]) == 12
     asked = [check_scenes.parse_caption(caption) for caption in captions]
@@ -198,9 +198,9 @@ def test_a_folder_of_pictures_is_checked(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.usefixtures("quick")
-def test_pictures_below_the_minimum_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_below_the_minimum_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     caption = "snowy mountains behind a lake, a pink dawn above"
-    shown = scenes.paint(scenes.Scene("dawn", "snowy", "mars", "none", "left"), np.random.default_rng(0))
+    shown = scenes.draw_scene(scenes.Scene("dawn", "snowy", "mars", "none", "left"), np.random.default_rng(0))
     write_results(tmp_path, [caption], [shown])
     with pytest.raises(SystemExit) as stop:
         check_scenes.main(["--image_dir", str(tmp_path), "--min_accuracy", "50"])
@@ -212,7 +212,7 @@ def test_pictures_below_the_minimum_fail(tmp_path: Path, capsys: pytest.CaptureF
     ("results", "message"),
     [
         (None, "no results.jsonl"),
-        ('{"caption": "a red car", "file": "0.png"}\n', "no picture with a caption of scenes.py"),
+        ('{"caption": "a red car", "file": "0.png"}\n', "no image with a caption of scenes.py"),
         ("nonsense\n", "line 1"),
         (json.dumps({"caption": scenes.ASTRONAUT_CAPTION, "file": "gone.png"}), "gone.png"),
     ],
@@ -231,7 +231,7 @@ def test_a_bad_folder_gets_one_line(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_damaged_picture_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_image_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_results(tmp_path, [scenes.ASTRONAUT_CAPTION], [Image.new("RGB", (128, 128))])
     (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
     with pytest.raises(SystemExit) as stop:
@@ -271,7 +271,7 @@ def test_help_is_quick_because_torch_is_not_imported() -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.skipif(not (BUNDLED_MODEL / "model_index.json").is_file(), reason=f"{BUNDLED_MODEL} is not there")
-def test_bundled_model_paints_what_is_asked(tmp_path: Path) -> None:
+def test_bundled_model_generates_what_is_asked(tmp_path: Path) -> None:
     check_scenes.main(
         ["--pretrained_model_name_or_path", str(BUNDLED_MODEL), "--count", "24", "--num_inference_steps", "20"]
         + ["--json", str(tmp_path / "out.json"), "--min_accuracy", "75"]
