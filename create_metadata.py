@@ -44,14 +44,14 @@ STAMP_NAME = ".create_metadata.sha256"  # "<sha256>  metadata.jsonl": `sha256sum
 # Of two images of one stem, the extension that comes first here is taken.
 IMAGE_EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .apng .webp .avif .bmp .gif .tif .tiff".split())
 HEIF_EXTENSIONS = (".heic", ".heif", ".hif")  # read where pillow-heif is installed
-OTHER_PICTURES = ".jxl .jp2 .j2k .jpx .svg .psd .psb .xcf .eps .tga .ico .ppm .pgm .pbm .exr .hdr .dds .pcx .qoi"
+OTHER_IMAGES = ".jxl .jp2 .j2k .jpx .svg .psd .psb .xcf .eps .tga .ico .ppm .pgm .pbm .exr .hdr .dds .pcx .qoi"
 CAMERA_RAW = ".raw .dng .cr2 .cr3 .nef .nrw .arw .raf .orf .rw2 .pef .srw"
 # Only these decoders are tried: Pillow would hand a file that starts with "%!PS" to Ghostscript, whatever its name.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 # Of two captions of one stem, likewise.
 KINDS = (
     dict.fromkeys(IMAGE_EXTENSIONS + HEIF_EXTENSIONS, "image")
-    | dict.fromkeys([*OTHER_PICTURES.split(), *CAMERA_RAW.split()], "unread")
+    | dict.fromkeys([*OTHER_IMAGES.split(), *CAMERA_RAW.split()], "unread")
     | {".txt": "caption", ".caption": "caption", ".json": "json"}
 )
 # How files begin that Pillow does not read under whatever name; each a regular expression.
@@ -145,11 +145,11 @@ class Digits(str):
     """A number of a .json as it stands there: 1984 stays the text "1984"."""
 
 
-def unread(picture_format: str) -> str:
+def unread(image_format: str) -> str:
     remedy = "convert it to JPEG or PNG"
-    if f".{picture_format.lower()}" in HEIF_EXTENSIONS:
+    if f".{image_format.lower()}" in HEIF_EXTENSIONS:
         remedy = f"pip install pillow-heif, or {remedy}"
-    return f"picture in a format that is not read ({picture_format}: {remedy})"
+    return f"image in a format that is not read ({image_format}: {remedy})"
 
 
 class Tally:
@@ -430,7 +430,7 @@ def remedy(args: argparse.Namespace, left_out: Tally, others: Tally) -> str:
     if reason == BAD_JSON or reason.startswith((ODD_JSON, NO_KEY)):
         return ': a .json must hold {"caption": "text"}; or put the caption into NAME.txt'
     if reason in (NOT_AN_IMAGE, DAMAGED, ZERO_BYTES):
-        return ": these files are no pictures, or not whole: get them again"
+        return ": these files are no images, or not whole: get them again"
     return ""  # the reason itself says what helps
 
 
@@ -442,7 +442,7 @@ def without_images(folder: str, others: Tally) -> str:
     if archives:
         return f"unpack {archives[0]!r} first"
     kinds = [f"{count:,} {kind or 'without an extension'}"[:40] for kind, count in others.counts.most_common(5)]
-    found = f"no picture was found, but {', '.join(kinds)}" if kinds else "no picture was found"
+    found = f"no image was found, but {', '.join(kinds)}" if kinds else "no image was found"
     return f"{found}: pass the folder of NAME.jpg (or {' '.join(IMAGE_EXTENSIONS[1:])}) with NAME.txt beside each"
 
 
@@ -636,7 +636,7 @@ def image_formats() -> tuple[str, ...]:
 
 
 def image_problem(path: str, remarks: list[str]) -> str | None:
-    """Why Pillow cannot make an RGB picture of the file, None if it can; then with what there is to remark on it."""
+    """Why Pillow cannot make an RGB image of the file, or None if it can; what is odd about it goes to `remarks`."""
     from PIL import Image
 
     try:
@@ -691,10 +691,10 @@ def decoding_problem(file: BinaryIO, error: Exception) -> str:
         return LFS_POINTER
     if not isinstance(error, UnidentifiedImageError) or re.match(READABLE, head, re.DOTALL):
         return DAMAGED
-    for signature, picture_format in SIGNATURES.items():
+    for signature, image_format in SIGNATURES.items():
         if re.match(signature, head, re.DOTALL):
-            heif, avif = picture_format == "HEIC" and "HEIF" in image_formats(), picture_format == "AVIF"
-            return DAMAGED if heif or avif and features.check("avif") else unread(picture_format)
+            heif, avif = image_format == "HEIC" and "HEIF" in image_formats(), image_format == "AVIF"
+            return DAMAGED if heif or avif and features.check("avif") else unread(image_format)
     return NOT_AN_IMAGE
 
 

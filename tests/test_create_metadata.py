@@ -401,11 +401,11 @@ def test_pictures_that_are_not_read_are_named_by_format(tmp_path, without_heif, 
     cm.main(["-p", str(tmp_path)])
     lines = caplog.text.splitlines()
     remedy = "pip install pillow-heif, or convert it to JPEG or PNG"
-    assert f"        2  picture in a format that is not read (HEIC: {remedy}): '0.HEIC', '1.heic'" in lines
+    assert f"        2  image in a format that is not read (HEIC: {remedy}): '0.HEIC', '1.heic'" in lines
     for name in ("HEIF", "HIF"):
         assert any(line.startswith(f"        1  {cm.unread(name)}: ") and "pillow-heif" in line for line in lines)
     for name in ("JXL", "CR2", "SVG", "TGA", "JP2", "PSD"):
-        line = f"        1  picture in a format that is not read ({name}: convert it to JPEG or PNG): "
+        line = f"        1  image in a format that is not read ({name}: convert it to JPEG or PNG): "
         assert sum(each.startswith(line) for each in lines) == 1
     assert f"        1  {cm.NO_IMAGE}: 'alone.txt'" in lines
     assert written(tmp_path) == [("good.jpg", "a caption")]
@@ -907,9 +907,9 @@ def put_all(folder: Path, *names: str) -> None:
 
 
 NOTHING_USABLE = {
-    "nothing": ([], [], "no picture was found: pass the folder of NAME.jpg"),
-    "videos": (["0.mp4", "1.mp4", "0.txt", "x"], [], "no picture was found, but 2 .mp4, 1 without an extension: "),
-    "hidden": ([".git/0.jpg", "a.mp4"], [], "no picture was found, but 1 .mp4: "),
+    "nothing": ([], [], "no image was found: pass the folder of NAME.jpg"),
+    "videos": (["0.mp4", "1.mp4", "0.txt", "x"], [], "no image was found, but 2 .mp4, 1 without an extension: "),
+    "hidden": ([".git/0.jpg", "a.mp4"], [], "no image was found, but 1 .mp4: "),
     "tars": (["00000.tar", "00001.tar"], [], "--streaming --max_train_steps N --train_data_dir {} reads its 2 .tar"),
     "tars deeper": (["a/b/00000.tar", "logo.jpg"], [], "--train_data_dir {}/a/b reads its 1 .tar"),
     "parquet": (["data/train.parquet"], [], f"{TRAIN} --dataset_name {{}} reads"),
