@@ -580,8 +580,8 @@ def where(result: Row, row: Row | None = None) -> str:
     return ", ".join([text, *shown])
 
 
-def when(result: Row, row: Row | None = None) -> str:
-    """Date, commit and command; of a file without provenance, what is known of it."""
+def when(result: Row, row: Row | None = None, command: bool = True) -> str:
+    """Date, commit and, if asked for, command; of a file without provenance, what is known of it."""
     origin = (row or {}).get("provenance") or result.get("provenance")
     if not origin:
         recorded = result.get("recorded")
@@ -590,20 +590,21 @@ def when(result: Row, row: Row | None = None) -> str:
     commit = f"at commit {origin['commit']}" if origin["commit"] else "outside of a repository"
     commit += ", with uncommitted changes" if origin["dirty"] else ""
     if began := origin.get("work_dir_began"):
-        commit += f", in part from commit {began['commit']} of {began['date'][:10]}"
-    return f"measured {origin['date'][:10]} {commit}: `{origin['command']}`"
+        commit += f", in part from commit {began['commit'][:10]} of {began['date'][:10]}"
+    return f"measured {origin['date'][:10]} {commit}" + (f": `{origin['command']}`" if command else "")
 
 
 def source_line(name: str, content: Content, results: dict[str, Row], document: Path) -> str:
-    sentences = []
+    """Where and when the table was measured; README leaves the commands to the files that it links to."""
+    sentences, command = [], document.name != "README.md"
     for file, result in results.items():
         if result:
             link = os.path.relpath(ROOT / RESULTS / file, document.parent).replace(os.sep, "/")
-            facts = [text for text in (where(result), when(result)) if text]
+            facts = [text for text in (where(result), when(result, command=command)) if text]
             sentences.append(f"[{Path(file).name}]({link}): {'; '.join(facts)}.")
             others: dict[str, list[str]] = {}
             for row in (row for used, row in content.used if used == file and row.get("provenance")):
-                others.setdefault(f"{where(result, row)}; {when(result, row)}.", []).append(row["name"])
+                others.setdefault(f"{where(result, row)}; {when(result, row, command)}.", []).append(row["name"])
             sentences += [f"{', '.join(dict.fromkeys(names))}: {text}" for text, names in others.items()]
     if content.missing and not all("archive" in file for file in results):
         sentences.append(f"Not measured yet: {'; '.join(dict.fromkeys(content.missing))}.")

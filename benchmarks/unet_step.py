@@ -220,6 +220,7 @@ def alone(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Peak memory of a process that runs the variant once, and how long its first step takes."""
     command = [sys.executable, __file__, "--alone", name, "--shape", "{}x{}".format(*args.shape)]
     command += ["--work_dir", str(args.work_dir), *(["--model", str(args.model)] if args.model is not None else [])]
+    command += ["--profile"] * args.profile  # which is part of what a model is compiled with, and so kept under
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -1,4 +1,4 @@
-"""A Stable Diffusion small enough to make, train and paint with in seconds, and helpers to run the scripts."""
+"""A Stable Diffusion small enough to make, train and generate with in seconds, and helpers to run the scripts."""
 
 from __future__ import annotations
 

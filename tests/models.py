@@ -19,7 +19,7 @@ import text2images
 import train_text_to_image_qat as trainer
 from conftest import SIZE, tiny_pipeline, tiny_unet
 
-BOTH = pytest.mark.parametrize("script", [trainer, text2images], ids=["train", "paint"])
+BOTH = pytest.mark.parametrize("script", [trainer, text2images], ids=["train", "generate"])
 STORED = {"linear": (24, 40), "conv": (24, 16, 3, 3), "strided": (24, 16, 3, 3), "grouped": (24, 8, 3, 3)}
 STORED["no bias"] = STORED["conv"]
 KINDS = list(STORED)

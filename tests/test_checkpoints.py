@@ -98,7 +98,7 @@ def bert_parts(width: int = 32, words: int = 16) -> dict[str, Any]:
     return {"text_encoder": BertModel(config).eval(), "tokenizer": tokenizer}
 
 
-def test_another_text_encoder_and_vae_train_and_paint(train, tmp_path: Path) -> None:
+def test_another_text_encoder_and_vae_train_and_generate(train, tmp_path: Path) -> None:
     """A BERT whose tokenizer names no length, and a VAE without a distribution."""
     vae = AutoencoderTiny(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
@@ -185,13 +185,12 @@ def test_textual_inversion_of_several_vectors_is_tokenized_as_the_pipeline_does(
     ids = trainer.CaptionedImages([], pipeline.tokenizers, args).tokenize(["a <cat> on a hill"])
     added = pipeline.tokenizers[0].convert_tokens_to_ids(["<cat>", "<cat>_1", "<cat>_2"])
     assert [token for token in ids[0, 0].tolist() if token in added] == added
-    painter = load(text2images, folder)
-    expected = painter.encode_prompt("a <cat> on a hill", "cpu", 1, False)[0]
+    expected = load(text2images, folder).encode_prompt("a <cat> on a hill", "cpu", 1, False)[0]
     assert torch.allclose(pipeline.text_encoders[0](ids[:, 0])[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("weight", ["--feature_kd_weight", "--task_weight"])
-def test_a_unet_without_mid_block_trains_and_paints(train, tmp_path: Path, weight: str) -> None:
+def test_a_unet_without_mid_block_trains_and_generates(train, tmp_path: Path, weight: str) -> None:
     config = {key: value for key, value in tiny_pipeline().unet.config.items() if not key.startswith("_")}
     folder = save(tmp_path / "model", unet=UNet2DConditionModel(**(config | {"mid_block_type": None})))
     flags = ["--max_train_steps", "1", weight, "0.1", "--validation_prompts", "a", "--gradient_checkpointing"]
@@ -327,7 +326,7 @@ def test_a_cache_of_the_hub_that_holds_one_variant_only(script: ModuleType, half
         assert re.search("its (vae|text_encoder) is in the cache only as the variant fp16: give --variant fp16", told)
 
 
-def test_the_printed_next_command_paints_what_was_trained(
+def test_the_printed_next_command_generates_what_was_trained(
     train, half: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -337,8 +336,8 @@ def test_the_printed_next_command_paints_what_was_trained(
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("next: ")]
     command = shlex.split(line.removeprefix("next: "))
     assert command[0] == "python"
-    painted = run_command(*command, "--output_dir", tmp_path / "pictures", "--num_inference_steps", "2")
-    assert painted.returncode == 0 and list((tmp_path / "pictures").glob("*.png"))
+    generated = run_command(*command, "--output_dir", tmp_path / "pictures", "--num_inference_steps", "2")
+    assert generated.returncode == 0 and list((tmp_path / "pictures").glob("*.png"))
 
 
 def test_the_next_command_names_what_the_checkpoint_does_not(train, checkpoint: Path, tmp_path: Path, caplog) -> None:
@@ -382,7 +381,7 @@ def test_whatever_sampler_a_checkpoint_was_saved_with_the_chosen_one_is_the_same
         assert torch.equal(ours.timesteps, expected.timesteps), choice
 
 
-def test_a_sampler_over_another_paints_the_picture_of_the_base(model_dir: Path, tmp_path: Path) -> None:
+def test_a_sampler_over_another_generates_the_picture_of_the_base(model_dir: Path, tmp_path: Path) -> None:
     for choice in text2images.SCHEDULERS:
         expected = generate_image(model_dir, tmp_path / choice, "--scheduler", choice)
         if choice == "ddim":  # the base's own settings are those of Stable Diffusion
@@ -500,7 +499,7 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("batch_size", ["1", "3"])
-def test_a_unet_that_takes_the_guidance_scale_is_trained_and_painted_with(
+def test_a_unet_that_takes_the_guidance_scale_is_trained_and_generated_with(
     train, guided: Path, tmp_path: Path, batch_size: str
 ) -> None:
     flags = ["--pretrained_model_name_or_path", str(guided), "--validation_prompts", "a"]
@@ -590,10 +589,10 @@ def test_a_quant_model_that_is_a_pointer_of_git_lfs_is_named_as_such(model_dir: 
 
 def test_an_output_dir_that_cannot_be_made_is_refused(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    paint_flags = ["-m", model_dir, "-c", "a", "--output_dir", tmp_path / "file/below"]
+    image_flags = ["-m", model_dir, "-c", "a", "--output_dir", tmp_path / "file/below"]
     train_flags = ["--pretrained_model_name_or_path", model_dir, "--train_data_dir", data_dir]
     with pytest.raises(text2images.UsageError, match="--output_dir .* cannot be made: Not a directory"):
-        text2images.main(list(map(str, paint_flags)))
+        text2images.main(list(map(str, image_flags)))
     with pytest.raises(trainer.UsageError, match="--output_dir .* cannot be made: Not a directory"):
         trainer.main(list(map(str, [*train_flags, "--output_dir", tmp_path / "file/below"])))
 

@@ -27,7 +27,7 @@ def train(output_dir: Path, model: Path, data: Path, size: int, *flags: str) -> 
     return torch.load(output_dir / "quant_model.pt", weights_only=True)
 
 
-def paint(output_dir: Path, *flags: str | Path) -> np.ndarray:
+def generate(output_dir: Path, *flags: str | Path) -> np.ndarray:
     command = ["-m", MODEL, "-c", "a green hill", "--num_inference_steps", "10", "--output_dir", output_dir, *flags]
     text2images.main(list(map(str, command)))
     (picture,) = output_dir.glob("*seed 42.png")
@@ -65,12 +65,12 @@ def test_pictures_on_cuda_are_those_of_the_cpu(data_dir: Path, tmp_path: Path, m
     train(tmp_path / "out", MODEL, data_dir, 64, "--max_train_steps", "0")
     pictures = {}
     for name, flags in {"fp32": [], "int8": ["-qm", tmp_path / "out"]}.items():
-        pictures[name] = paint(tmp_path / name, "--dtype", "float32", *flags)
+        pictures[name] = generate(tmp_path / name, "--dtype", "float32", *flags)
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: False)
-            on_cpu = paint(tmp_path / f"{name} cpu", "--dtype", "float32", *flags)
+            on_cpu = generate(tmp_path / f"{name} cpu", "--dtype", "float32", *flags)
         assert 10 * np.log10(255**2 / np.square(pictures[name] - on_cpu).mean()) > 35, name
-    paint(tmp_path / "bf16", "-qm", tmp_path / "out", "--dtype", "bfloat16", "--batch_size", "3", "-n", "1")
+    generate(tmp_path / "bf16", "-qm", tmp_path / "out", "--dtype", "bfloat16", "--batch_size", "3", "-n", "1")
     row = json.loads((tmp_path / "int8/results.jsonl").read_text())
     assert row["precision"] == "int8" and row["paired_guidance"]
     assert 10 * np.log10(255**2 / np.square(pictures["int8"] - pictures["fp32"]).mean()) > 35

@@ -72,7 +72,7 @@ def test_readme_is_short_and_names_functions_that_are_there() -> None:
 def test_the_commands_of_the_original_stand_as_they_were() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "python create_metadata.py --image_path /path/to/image_text_pairs_folder\n" in text
-    train, paint = (
+    train, generate = (
         text.partition(f"```bash\n{start}")[2].partition("```")[0] for start in ("accelerate", "python text")
     )
     for flag in (
@@ -82,5 +82,5 @@ def test_the_commands_of_the_original_stand_as_they_were() -> None:
         '--output_dir="sdv1-5-qat_kd" --use_cpu'
     ).split():
         assert flag in train.split()
-    assert "--quantized_model_name_or_path sdv1-5-qat_kd/quant_model.pt" in paint
-    assert '--captions "a photo of an astronaut riding a horse on mars"' in paint
+    assert "--quantized_model_name_or_path sdv1-5-qat_kd/quant_model.pt" in generate
+    assert '--captions "a photo of an astronaut riding a horse on mars"' in generate

@@ -39,8 +39,10 @@ def test_commands_of_the_original_readme(model_dir: Path, tmp_path: Path) -> Non
     short = ["--num_inference_steps", "5"]
     for name, extra in (("fp32", []), ("int8", quantized)):
         images = ["--output_dir", tmp_path / name]
-        painted = run_command(sys.executable, "text2images.py", *model, *extra, "--captions", CAPTION, *short, *images)
-        assert painted.returncode == 0
+        generated = run_command(
+            sys.executable, "text2images.py", *model, *extra, "--captions", CAPTION, *short, *images
+        )
+        assert generated.returncode == 0
     int8, fp32 = (np.asarray(Image.open(tmp_path / name / f"{CAPTION} {name}.png"), float) for name in ("int8", "fp32"))
     assert int8.shape == (SIZE, SIZE, 3)
     assert -10 * np.log10(np.square((int8 - fp32) / 255).mean()) > 40  # 43.8; with halved activation ranges 27

@@ -58,7 +58,7 @@ def measured(*command: str | Path) -> tuple[str, float, float]:
 
 
 @pytest.mark.full
-def test_sd_v1_5_trains_and_paints_within_24_gb(tmp_path: Path) -> None:
+def test_sd_v1_5_trains_and_generates_within_24_gb(tmp_path: Path) -> None:
     pictures, output, model = (
         tmp_path / "pictures",
         tmp_path / "out",
@@ -84,7 +84,7 @@ def test_sd_v1_5_trains_and_paints_within_24_gb(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_sdxl_calibrates_and_paints_at_1024_pixels_within_24_gb(tmp_path: Path) -> None:
+def test_sdxl_calibrates_and_generates_at_1024_pixels_within_24_gb(tmp_path: Path) -> None:
     pictures, output, model = tmp_path / "pictures", tmp_path / "out", make(full_size.write_random_xl, tmp_path / "xl")
     measured("demo/scenes.py", "--output_dir", pictures, "--count", "2", "--size", "1024")
     measured("create_metadata.py", "--image_path", pictures)

@@ -121,7 +121,7 @@ def test_a_run_with_a_lora_is_not_resumed_without_and_names_it_at_its_end(
     assert f"--lora '{tmp_path}/it'\"'\"'s a style.safetensors:1.0' -c" in caplog.text
 
 
-# ---------------------------------------------------------------- painting with what was trained with a LoRA
+# ---------------------------------------------------------------- generating with what was trained with a LoRA
 
 
 def test_int8_asks_for_the_lora_that_the_text_encoder_needs(styled: Styled, tmp_path: Path) -> None:

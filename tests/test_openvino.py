@@ -125,17 +125,17 @@ def test_picture_is_that_of_the_reference_path(model_dir: Path, quant_model: Pat
     flags = ["-c", "a lake", "-n", "4", "--batch_size", "3"]  # the last batch is smaller
     runs = {"openvino": ["-qm", quant_model, "--dtype", "float32"], "fp32": [], "bf16": ["--dtype", "bfloat16"]}
     runs["torch"] = [*runs["openvino"], "--engine", "torch"]
-    painted = {}
+    generated = {}
     for name, more in runs.items():
         rows = generate(model_dir, tmp_path / name, *flags, *more)
-        painted[name] = np.stack([pixels(tmp_path / name / row["file"]) for row in rows])
-    assert decibels(painted["openvino"], painted["torch"]) > decibels(painted["bf16"], painted["fp32"])
-    assert decibels(painted["openvino"], painted["fp32"]) > decibels(painted["torch"], painted["fp32"]) - 1
+        generated[name] = np.stack([pixels(tmp_path / name / row["file"]) for row in rows])
+    assert decibels(generated["openvino"], generated["torch"]) > decibels(generated["bf16"], generated["fp32"])
+    assert decibels(generated["openvino"], generated["fp32"]) > decibels(generated["torch"], generated["fp32"]) - 1
 
 
 @pytest.mark.exact_kernels
 @pytest.mark.parametrize("cpu", ["AVX2", "AVX512_CORE", "AVX2_VNNI"])
-def test_older_cpus_paint_the_same_picture_and_say_how(
+def test_older_cpus_generate_the_same_image_and_say_how(
     model_dir: Path, quant_model: Path, tmp_path: Path, cpu: str
 ) -> None:
     """Without VNNI OpenVINO's int8 kernels saturate; then the layers' inputs stay float."""
@@ -168,7 +168,7 @@ def test_a_signal_after_unets_have_come_and_gone_reaches_its_handler(settings: l
 # ---------------------------------------------------------------- which engine, which device
 
 
-def test_without_openvino_the_reference_path_paints_and_one_line_says_so(
+def test_without_openvino_the_reference_path_generates_and_one_line_says_so(
     settings: list[str], tmp_path: Path, monkeypatch, caplog
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -358,7 +358,9 @@ numpy.save(out, pipeline.generate(caption, generator=Noise(42), **size).data[0])
 @pytest.mark.exact_kernels
 @pytest.mark.skipif(importlib.util.find_spec("openvino_genai") is None, reason="openvino-genai is not installed")
 @pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
-def test_openvino_genai_paints_from_the_saved_folder(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_openvino_genai_generates_from_the_saved_folder(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     pytest.importorskip("openvino_tokenizers")
     xl = "XL" in kind
     model, file = (

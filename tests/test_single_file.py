@@ -49,7 +49,7 @@ def test_every_tensor_of_the_bundled_model_comes_back(tmp_path: Path, open_clip:
 
 
 @pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_a_single_file_trains_and_paints_to_the_bits_of_the_folder(
+def test_a_single_file_trains_and_generates_to_the_bits_of_the_folder(
     files: dict, kind: str, data_dir: Path, tmp_path: Path
 ) -> None:
     file, settings, folder = files[kind]

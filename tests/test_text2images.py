@@ -256,7 +256,7 @@ def test_file_of_another_architecture_is_refused(quant_model: Path) -> None:
         text2images.check_architecture(payload, base, "other")
 
 
-# ---------------------------------------------------------------- painting
+# ---------------------------------------------------------------- generating
 
 
 def test_picture_depends_on_its_own_seed_only(model_dir: Path, tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_safety_checker_of_the_checkpoint_blackens_unless_it_is_disabled(model_d
         assert black == (status == "flagged")
 
 
-def test_text_encoder_in_the_layout_of_older_transformers_paints_the_same(model_dir: Path, tmp_path: Path) -> None:
+def test_text_encoder_in_the_layout_of_older_transformers_generates_the_same(model_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(model_dir, tmp_path / "old")
     file = tmp_path / "old/text_encoder/model.safetensors"
     tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}

@@ -852,7 +852,7 @@ def test_sigterm_saves_a_checkpoint_and_leaves_with_its_code(train, tmp_path: Pa
     assert [path.name for path in trainer.checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
-def test_validation_paints_teacher_and_student_side_by_side(train, tmp_path: Path) -> None:
+def test_validation_generates_teacher_and_student_side_by_side(train, tmp_path: Path) -> None:
     train(tmp_path, "--max_train_steps", "1", "--validation_prompts", "one", "two", "--use_ema")
     pictures = sorted((tmp_path / "validation").iterdir())
     assert [path.name for path in pictures] == ["step-000001-prompt-0.png", "step-000001-prompt-1.png"]

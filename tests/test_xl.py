@@ -55,7 +55,7 @@ def test_commands_of_the_original_readme(xl_dir: Path, tmp_path: Path) -> None:
     compared = run_command(sys.executable, "evaluate.py", tmp_path / "fp32", tmp_path / "int8", "--min_psnr", "41")
     assert compared.returncode == 0 and "1 pairs" in compared.stdout
     with Image.open(next((tmp_path / "int8").glob("*seed 42.png"))) as picture:
-        assert picture.size == (SIZE, SIZE)  # what the checkpoint was made for, in training as in painting
+        assert picture.size == (SIZE, SIZE)  # what the checkpoint was made for, in training as in generating
 
 
 def test_resumed_run_ends_with_the_same_bits(train_xl, tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_streamed_pairs_train(train_xl, data_dir: Path, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_captions_are_encoded_as_the_pipeline_does_it(xl_dir: Path) -> None:
     """With guidance the half without caption is zeros, and so are captions that training empties."""
-    pipeline, painter = trainer_pipeline(xl_dir), load(text2images, xl_dir)
-    embeddings, without, pooled, pooled_without = painter.encode_prompt("a hill", device="cpu")
+    pipeline, theirs = trainer_pipeline(xl_dir), load(text2images, xl_dir)
+    embeddings, without, pooled, pooled_without = theirs.encode_prompt("a hill", device="cpu")
     args = trainer.parse_args(["--pretrained_model_name_or_path", "x", "--dataset_name", "y"])
     ids = trainer.CaptionedImages([], pipeline.tokenizers, args).tokenize(["a hill", ""])
     assert ids.shape == (2, 2, 77) and not torch.equal(ids[:, 0], ids[:, 1])  # the second one pads with "!"
@@ -117,8 +117,8 @@ def test_captions_are_encoded_as_the_pipeline_does_it(xl_dir: Path) -> None:
         assert torch.allclose(told[name], torch.cat(expected), atol=1e-5) and told[name][0].abs().sum() > 0
     assert torch.equal(told["time_ids"], batch["time_ids"])
     pipeline.index["force_zeros_for_empty_prompt"] = False
-    painter.register_to_config(force_zeros_for_empty_prompt=False)
-    without, pooled_without = painter.encode_prompt("a hill", device="cpu")[1::2]
+    theirs.register_to_config(force_zeros_for_empty_prompt=False)
+    without, pooled_without = theirs.encode_prompt("a hill", device="cpu")[1::2]
     _, told = trainer.encode(pipeline, batch | {"emptied": torch.tensor([False, True])}, torch.device("cpu"))
     assert torch.allclose(told["encoder_hidden_states"][1], without[0], atol=1e-5) and without.abs().sum() > 0
     assert torch.allclose(told["text_embeds"][1], pooled_without[0], atol=1e-5)
@@ -156,12 +156,12 @@ def test_the_unet_hears_of_caption_and_size(xl_dir: Path) -> None:
             assert not torch.allclose(noised.predict(pipeline.unet), before, atol=1e-4), name
 
 
-# ---------------------------------------------------------------- painting
+# ---------------------------------------------------------------- generating
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 @pytest.mark.parametrize("flags", [[], ["--negative_prompt", "rain"], ["--guidance_scale", "1"], ["--clip_skip", "1"]])
-def test_int8_paints_what_fp32_paints(
+def test_int8_generates_what_fp32_generates(
     xl_dir: Path, xl_quant_model: Path, tmp_path: Path, flags: list[str], engine: str
 ) -> None:
     fp32 = generate_image(xl_dir, tmp_path / "fp32", *flags)
@@ -183,7 +183,7 @@ def test_fp32_pictures_are_those_of_diffusers(xl_dir: Path, tmp_path: Path) -> N
     assert psnr(ours, np.asarray(theirs, dtype=float)) > 50
 
 
-def test_a_turbo_checkpoint_trains_and_paints_one_step_without_guidance(data_dir: Path, tmp_path: Path) -> None:
+def test_a_turbo_checkpoint_trains_and_generates_one_step_without_guidance(data_dir: Path, tmp_path: Path) -> None:
     """SDXL Turbo: Euler a, trailing timesteps, guidance 0."""
     scheduler = EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing")
     tiny_xl_pipeline(scheduler=scheduler).save_pretrained(tmp_path / "model")

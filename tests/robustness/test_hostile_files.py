@@ -217,7 +217,7 @@ for path in sys.argv[2:]:
     began, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         text2images.main(["-m", sys.argv[1], "-qm", path, "-c", "a", "--output_dir", path + " images"])
-        message = "painted"
+        message = "generated"
     except text2images.UsageError as error:
         message = str(error)
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
@@ -325,7 +325,7 @@ def test_captions_that_are_not_utf8_are_refused(capsys) -> None:
     assert left.value.code == 2 and "--captions must be UTF-8" in capsys.readouterr().err
 
 
-def test_a_caption_of_any_kind_is_painted_and_told_as_it_was(model_dir: Path, tmp_path: Path) -> None:
+def test_a_caption_of_any_kind_is_generated_and_told_as_it_was(model_dir: Path, tmp_path: Path) -> None:
     captions = ["../../x", "nul\0byte", "\u202egnp.exe", "con.txt", "x" * 100_000, "\x1b[2J", "{0}%s$HOME`id`"]
     flags = ["--num_inference_steps", "1", "--batch_size", str(len(captions)), "--output_dir", str(tmp_path / "out")]
     text2images.main(["-m", str(model_dir), "-c", *captions, *flags])
