@@ -1351,7 +1351,7 @@ def kernels_are_exact(device: str) -> bool:
     return True
 
 
-# ---------------------------------------------------------------- long self-attention on CPUs with bf16 products
+# ---------------------------------------------------------------- long self-attention in bf16
 
 ATTENTION_SOURCE = Path(__file__).with_name("amx_attention.cpp")
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of a head: those of SD 1.x, 2.x and SDXL
@@ -1421,15 +1421,15 @@ def load_attention() -> ctypes.CDLL:
     Raises:
         OSError, subprocess.SubprocessError: it cannot be built or loaded here, or what it computes is wrong.
     """
-    if "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise OSError("the CPU has no bf16 products (AMX or AVX512-BF16)")
+    in_bf16 = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if not in_bf16 or "avx512_bf16" not in cpu_flags():
+        raise OSError("this is no CPU with AMX or AVX512-BF16 under Linux")
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         raise OSError("there is no C++ compiler")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     openvino = Path(import_openvino().__file__).parent  # comes with TBB, in whose threads both compute
-    cpu = re.search(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.M)
-    made_of = ATTENTION_SOURCE.read_text(), compiler, version, str(openvino), cpu and cpu[0]
+    made_of = ATTENTION_SOURCE.read_text(), compiler, version, str(openvino), cpu_flags()
     folder = user_cache() / f"attention-{digest(*made_of)}"
     if not is_whole(folder):
         logger.info("building amx_attention.cpp for this CPU: this is done once")
@@ -1440,6 +1440,13 @@ def load_attention() -> ctypes.CDLL:
     if not attention_is_right(library):
         raise OSError("on this CPU, it computes something else")
     return library
+
+
+def cpu_flags() -> list[str]:
+    """The CPU's instruction sets, by the names that Linux has for them."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^flags\s*:(.*)", info.read_text(), re.M) if info.is_file() else None
+    return found[1].split() if found else []
 
 
 def build_attention(compiler: str, openvino: Path, output: Path, source: Path = ATTENTION_SOURCE) -> None:

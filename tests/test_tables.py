@@ -99,6 +99,11 @@ def test_a_row_joins_speed_and_fidelity_of_one_setting(repository: Path) -> None
     assert row_of(text, "bf16")[3:] == ["52.00 [51.50, 52.50]", "0.00010"]
     assert "OpenVINO's own int8 (NNCF), the rest in bf16" in text.partition("Not measured yet: ")[2]
     assert "A CPU (AVX512-BF16, AVX512-VNNI), 1 thread, torch 2.13.0, openvino 2026.4.1" in text
+    assert "measured 2026-01-31 at commit 0123456789." in text and "benchmarks/unet_step.py" not in text
+    (repository / "docs").mkdir()
+    (repository / "docs/performance.md").write_text("<!-- table: headline -->\n<!-- end table -->\n")
+    readme(repository)
+    text = (repository / "docs/performance.md").read_text()
     assert "measured 2026-01-31 at commit 0123456789: `python benchmarks/unet_step.py`" in text
 
 
