@@ -520,6 +520,7 @@ def is_single_file(name: str) -> bool:
     return name.endswith(SINGLE_FILES[0]) and Path(name).is_file()
 
 
+@functools.cache  # each part asks
 def single_file_kind(name: str) -> str:
     """v1, v2, xl_base, ..., as diffusers infers it from the tensors' names and shapes."""
     if is_lfs_pointer(name):

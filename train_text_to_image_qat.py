@@ -23,6 +23,7 @@ import codecs
 import contextlib
 import copy
 import csv
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -637,6 +638,7 @@ def settings_source(name: str, args: argparse.Namespace) -> str:
     return single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
 
 
+@functools.cache  # each part asks
 def single_file_kind(name: str) -> str:
     """v1, v2, xl_base, ..., as diffusers infers it from the tensors' names and shapes."""
     if is_lfs_pointer(name):
