@@ -18,7 +18,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ import torch.nn.functional as F  # noqa: E402
 
 import text2images  # noqa: E402
 from output import machine, write_json  # noqa: E402
+from timing import interleaved  # noqa: E402
 
 Size = tuple[int, int, int]  # heads, tokens, width of a head
 SIZES: list[Size] = [(8, 4096, 40), (8, 1024, 80), (8, 256, 160), (10, 4096, 64), (20, 1024, 64)]
@@ -51,9 +51,8 @@ def by_openvino(inputs: Inputs) -> Callable[[], torch.Tensor]:
     parameters = [ops.parameter(list(tensor.shape), ov.Type.bf16) for tensor in inputs]
     transposed = [ops.transpose(parameter, ops.constant(order)) for parameter in parameters]
     output = ops.transpose(ops.scaled_dot_product_attention(*transposed, causal=False), ops.constant(order))
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16", "ENABLE_CPU_PINNING": False}
-    settings |= {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    model = ov.Model([output], parameters)
+    given = text2images.parse_args(["-m", "given", "-c", "given", "-qm", "given", "--dtype", "bfloat16"])
+    model, settings = ov.Model([output], parameters), text2images.openvino_settings(given)
     request = text2images.openvino_core().compile_model(model, "CPU", settings).create_infer_request()
     tensors = [ov.Tensor(ov.Type.bf16, ov.Shape(list(tensor.shape))) for tensor in inputs]
     for number, (tensor, source) in enumerate(zip(tensors, inputs)):
@@ -88,19 +87,16 @@ def measure(size: Size, threads: int, rounds: int, limit: Callable[[Size], float
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(torch.randn(BATCH, length, heads, width, generator=generator) for _ in range(3))
     variants = {name: make(inputs) for name, make in VARIANTS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds + 1):
-        for name, run in variants.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
+    seconds = {
+        name: statistics.median(wall for wall, _ in times) for name, times in interleaved(variants, rounds).items()
+    }
     head = tuple(tensor[:1, :, :1] for tensor in inputs)
     exact = F.scaled_dot_product_attention(*(tensor.double().transpose(1, 2) for tensor in head)).transpose(1, 2)
     rows = []
     for name, run in variants.items():
         row = {"name": name, "heads": heads, "tokens": length, "width": width, "threads": threads}
-        row["seconds"] = statistics.median(seconds[name][1:])
-        row["ratio_to_pytorch"] = row["seconds"] / statistics.median(seconds["PyTorch"][1:])
+        row["seconds"] = seconds[name]
+        row["ratio_to_pytorch"] = row["seconds"] / seconds["PyTorch"]
         row["error"] = float(torch.linalg.norm(run()[:1, :, :1] - exact) / torch.linalg.norm(exact))
         if name == "amx_attention.cpp":
             row["limit_seconds"] = limit(size) / threads

@@ -1,4 +1,4 @@
-"""How every benchmark sums up its rounds, and what it calls peak memory."""
+"""How every benchmark times its rounds and sums them up, and what it calls peak memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,22 @@ import multiprocessing
 import re
 import resource
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Wall and CPU seconds of each variant in each round, after one that warms up; they take turns."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            began, cpu_began = time.perf_counter(), time.process_time()
+            step()
+            if number:
+                seconds[name].append((time.perf_counter() - began, time.process_time() - cpu_began))
+    return seconds
 
 
 def spread(seconds: Sequence[float]) -> float:

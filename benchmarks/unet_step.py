@@ -36,7 +36,7 @@ from diffusers import UNet2DConditionModel  # noqa: E402
 import text2images  # noqa: E402
 from full_size import SD15_UNET  # noqa: E402
 from output import kept_rows, write_json  # noqa: E402
-from timing import peak_gib, spread  # noqa: E402
+from timing import interleaved, peak_gib, spread  # noqa: E402
 
 Step = Callable[[], Any]
 
@@ -202,18 +202,6 @@ def available(name: str) -> bool:
 
 
 # ---------------------------------------------------------------- measuring
-
-
-def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Wall and CPU seconds of each variant in each round, after one that warms up; they take turns."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            began, cpu_began = time.perf_counter(), time.process_time()
-            step()
-            if number:
-                seconds[name].append((time.perf_counter() - began, time.process_time() - cpu_began))
-    return seconds
 
 
 def alone(name: str, args: argparse.Namespace) -> dict[str, float]:
