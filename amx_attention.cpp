@@ -5,9 +5,9 @@
 // layout [B, L, heads, D].
 //
 // How a head is computed, 32 queries at a time, over keys in chunks of 256:
-//   scores   S [32, 32 keys] = q kᵀ       (product of two packed matrices)
-//   weights  P [32, 256]     = 2^(S c - m) (c = log2 e / √D), rounded to bf16, and their sum for each query
-//   output   O [32, D]      += P v         (product of two packed matrices)
+//   scores   S [32, 32 keys] = q kᵀ          (product of two packed matrices)
+//   weights  P [32, 256]     = 2^(S c)       (c = log2 e / √D; rounded to bf16)
+//   output   O [32, D + 1]  += P [v, 1]      (product of two packed matrices; the last column is the weights' sum)
 // and at the end O / sum. S, P and O stay in the L1 and L2 caches: the [L, L] matrix of the scores, which makes
 // attention slow, is never in memory. The packed keys and values of a head (1 MB at L = 4096) are read from L2.
 //
@@ -16,13 +16,17 @@
 // with the pairs of a column side by side in the second factor, as the instruction wants them. CPUs with
 // AVX512-BF16 and no AMX have an instruction that does so for one row of a tile: it runs on the same packed matrices.
 //
+// Exponentials would take longer than the products, so weights are made by integer instructions, 32 at a time. Read as
+// an integer, the bits of a bf16 number are 128 times 127 + its logarithm, but that between powers of two there is a
+// straight line in the logarithm's place. So those of 2^x are 128 (127 + x), rounded, less what the line has more: that
+// is in a table of 64 bytes. Such weights err by 2.0e-3 (rms), where an exact exponential, rounded to bf16, errs by
+// 1.7e-3. Their sum is taken of the weights as they are, so that they add up to 1.
+//
 // Why no running maximum is needed where |q| |k| is bounded: by Cauchy and Schwarz, c q k lies between -B and B, with
-// B := c |q| max |k|. So with m = 0 and B <= 80, the sum of a million weights lies between 2^-80 and 2^100: fp32 and
-// bf16, which reach from 2^-126 to 2^127, hold that with all their digits. Where keys are fp32, their mean is subtracted from
-// each before they are rounded: that leaves softmax as it is, makes the rounding smaller (as in SageAttention, arXiv
-// 2410.02367), and, as the scores of a query then have mean 0, the largest lies between 0 and B: m = B / 2 allows
-// B <= 160. (Rounding to bf16 moves a score by less than B / 100.) For queries with a larger B, or one that is not a
-// number, m is the largest score so far, as in every online softmax.
+// B := c |q| max |k|. So with B <= 80, the sum of a million weights lies between 2^-80 and 2^100: fp32 and bf16, which
+// reach from 2^-126 to 2^127, hold that with all their digits. (Rounding to bf16 moves a score by less than B / 100.)
+// For queries with a larger B, or one that is not a number, the largest score so far is subtracted from every score, as
+// in every online softmax.
 
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -55,7 +59,9 @@ constexpr int QUERIES = 32;        // queries computed at a time: two tiles
 constexpr int KEYS = 32;           // keys of one block of scores: two tiles
 constexpr int CHUNK = 256;         // keys between two products with the values
 constexpr float LARGEST_BOUND = 80;  // 2^80 times a million, and 2^-80, are far from the ends of fp32
+constexpr int OCTAVE = 256;          // x is computed in 256ths: two for each of bf16's numbers
 constexpr float LOG2_E = 1.44269504f;
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -74,6 +80,21 @@ Buffer<T> allocate(int64_t count) {
     return Buffer<T>(static_cast<T*>(memory));
 }
 
+// Memory that only grows.
+class Workspace {
+    Buffer<bf16> memory;
+    int64_t size = 0;
+
+public:
+    bf16* at_least(int64_t count) {
+        if (count > size) {
+            memory = allocate<bf16>(count);
+            size = count;
+        }
+        return memory.get();
+    }
+};
+
 // ---------------------------------------------------------------- numbers
 
 // The first `count` of 16 numbers as fp32; the rest are 0.
@@ -87,15 +108,20 @@ void store(bf16* to, __m512 x, int count) {
     _mm256_mask_storeu_epi16(to, _cvtu32_mask16((1u << count) - 1), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-// 2^x with a relative error below 1e-4 (weights are rounded to bf16, 4e-3): 2^floor(x) times a cubic in the rest.
-__m512 exp2(__m512 x, __mmask16 valid) {
-    const __m512 rest = _mm512_reduce_ps(x, 1);  // x - floor(x)
-    __m512 p = _mm512_set1_ps(0.07802452f);
-    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.22606716f));
-    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.69583354f));
-    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.99992522f));
-    return _mm512_maskz_scalef_ps(valid, p, x);
-}
+// 256 times what a straight line between powers of two has more than the logarithm: f - (2^f - 1), where f is what x
+// has behind the point, in 64 steps. Kept as 255 less that, which fits a byte and can be added. x comes with 2 / 256
+// more, so that both together are 257: 1 / 256 is half of bf16's last bit, which rounds, and the rest is carried.
+struct Excess {
+    alignas(64) uint8_t bytes[64];
+
+    Excess() {
+        for (int step = 0; step < 64; step++) {
+            const double f = (step - 0.125) / 64;  // of x = step / 64 + (0, 1, 2 or 3 less 2) / 256, in the middle
+            bytes[step] = std::lround(255 - OCTAVE * (f - (std::exp2(f) - 1)));
+        }
+    }
+};
+const Excess EXCESS;
 
 // ---------------------------------------------------------------- products of packed matrices
 
@@ -225,18 +251,57 @@ struct Sizes {
     int64_t batch, queries, keys, heads;
 };
 
-// Keys and values of one head, packed: keys [⌈L/16⌉][D/32] tiles of kᵀ, values [⌈L/32⌉][D/16] tiles.
+// Keys and values of one head, packed in blocks of 32: keys [2][D/32] tiles of kᵀ, values [D/16 + 1] tiles of [v, 1].
 template <int D>
 struct Packed {
-    static constexpr int KEY_TILES = (D + 31) / 32, VALUE_TILES = (D + 15) / 16;
+    static constexpr int INPUT_TILES = (D + 15) / 16;  // 16 numbers each
+    static constexpr int KEY_TILES = (D + 31) / 32, VALUE_TILES = D / 16 + 1;
     static constexpr int LAST_PAIRS = (D - 32 * (KEY_TILES - 1)) / 2;
+    static constexpr int KEY_BLOCK = 2 * KEY_TILES * TILE_BF16, VALUE_BLOCK = VALUE_TILES * TILE_BF16;
     bf16 *keys, *values;
-    bool centred = false;   // the mean of all keys was subtracted
-    float longest_key = 0;  // max |k|
-
-    template <class T>
-    void pack(const T* k, const T* v, int64_t length, int64_t stride);
+    float longest_key;  // max |k|; infinite where one is not finite
 };
+
+// Numbers 16 t .. 16 t + 15 of a row of D; 0 where there are none.
+template <int D, class T>
+__m512 load_part(const T* row, int t) {
+    const int count = std::min(16, D - 16 * t);
+    return count > 0 ? load(row + 16 * t, count) : _mm512_setzero_ps();
+}
+
+// |x|² from the 16 sums of its squares; infinite unless it is finite.
+float squared_length(__m512 squares) {
+    const float sum = _mm512_reduce_add_ps(squares);
+    return sum < INFINITE ? sum : INFINITE;
+}
+
+// Packs up to 32 keys; the rest are 0. Returns the largest |k|².
+template <int D, class T>
+float pack_keys(const T* k, int count, int64_t stride, bf16* to) {
+    const __m512i column = _mm512_mullo_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(PAIRS));
+    float longest = 0;
+    for (int half = 0; half < 2; half++) {
+        __m512 squares[TILE] = {};
+        for (int t = 0; t < Packed<D>::KEY_TILES; t++, to += TILE_BF16) {
+            alignas(64) int32_t pairs[TILE][PAIRS] = {};  // of this tile's numbers, for each key
+            for (int n = 0; n < std::min(TILE, count - half * TILE); n++) {
+                const T* key = k + (half * TILE + n) * stride;
+                const __m512 left = load_part<D>(key, 2 * t), right = load_part<D>(key, 2 * t + 1);
+                squares[n] = _mm512_fmadd_ps(left, left, _mm512_fmadd_ps(right, right, squares[n]));
+                _mm512_store_si512(pairs[n], (__m512i)_mm512_cvtne2ps_pbh(right, left));
+            }
+            for (int p = 0; p < PAIRS; p++)  // pair p of all keys is row p of the tile
+                _mm512_store_si512(to + p * 32, _mm512_i32gather_epi32(column, &pairs[0][p], 4));
+        }
+        for (const __m512& sums : squares) longest = std::max(longest, squared_length(sums));
+    }
+    return longest;
+}
+
+// Which of 32 keys is the first of the pair in row `row` of a tile of values. The instruction that packs two rows of 16
+// integers takes four of each in turn, so the weights come as keys 0-3, 16-19, 4-7, 20-23, ...
+int first_of_pair(int row) { return row / 4 * 4 + row / 2 % 2 * TILE + row % 2 * 2; }
 
 // Even and odd rows of 16 numbers -> 16 pairs of bf16, as the second factor's tiles have them.
 __m512i interleave(__m512 even, __m512 odd) {
@@ -245,49 +310,19 @@ __m512i interleave(__m512 even, __m512 odd) {
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-template <int D>
-template <class T>
-void Packed<D>::pack(const T* k, const T* v, int64_t length, int64_t stride) {
-    __m512 mean[VALUE_TILES] = {};
-    if (std::is_same_v<T, float>) {
-        for (int64_t n = 0; n < length; n++)
-            for (int t = 0; t < VALUE_TILES; t++)
-                mean[t] = _mm512_add_ps(mean[t], load(k + n * stride + t * 16, std::min(16, D - t * 16)));
-        __m512 zero = _mm512_setzero_ps();  // unless there are infinities or NaN
-        for (auto& part : mean) {
-            part = _mm512_mul_ps(part, _mm512_set1_ps(1.f / length));
-            zero = _mm512_fmadd_ps(part, _mm512_setzero_ps(), zero);
-        }
-        centred = _mm512_reduce_add_ps(zero) == 0;
-        if (!centred) std::fill(mean, mean + VALUE_TILES, _mm512_setzero_ps());
-    }
-    float longest = 0;
-    for (int64_t n = 0; n < length; n++) {
-        bf16* tile = keys + n / TILE * KEY_TILES * TILE_BF16 + n % TILE * 2;
-        __m512 square = _mm512_setzero_ps();
-        for (int t = 0; t < VALUE_TILES; t++) {
-            const int count = std::min(16, D - t * 16);
-            const __m512 x = _mm512_sub_ps(load(k + n * stride + t * 16, count), mean[t]);
-            square = _mm512_fmadd_ps(x, x, square);
-            // pair p of the column goes to row p of the tile: 8 pairs, 64 bytes apart
-            const __m256i pairs = (__m256i)_mm512_cvtneps_pbh(x);
-            bf16* rows = tile + t / 2 * TILE_BF16 + t % 2 * 8 * 32;
-            alignas(32) int32_t pair[8];
-            _mm256_store_si256((__m256i*)pair, pairs);
-            for (int p = 0; p < 8; p++) std::memcpy(rows + p * 32, pair + p, 4);
-        }
-        const float sum = _mm512_reduce_add_ps(square);
-        if (!(sum <= longest)) longest = sum;  // NaN as well
-    }
-    longest_key = std::sqrt(longest);
-
-    for (int64_t n = 0; n < length; n += 2)
-        for (int t = 0; t < VALUE_TILES; t++) {
-            const int count = std::min(16, D - t * 16);
-            const __m512 even = load(v + n * stride + t * 16, count);
-            const __m512 odd = n + 1 < length ? load(v + (n + 1) * stride + t * 16, count) : _mm512_setzero_ps();
-            bf16* tile = values + (n / KEYS * VALUE_TILES + t) * TILE_BF16;
-            _mm512_store_si512(tile + n % KEYS / 2 * 32, interleave(even, odd));
+// Packs up to 32 values, each with a 1 as its last number; the rest are 0.
+template <int D, class T>
+void pack_values(const T* v, int count, int64_t stride, bf16* to) {
+    for (int t = 0; t < Packed<D>::VALUE_TILES; t++, to += TILE_BF16)
+        for (int row = 0; row < PAIRS; row++) {
+            __m512 pair[2];
+            for (int i = 0; i < 2; i++) {
+                const int key = first_of_pair(row) + i;
+                pair[i] = key < count ? load_part<D>(v + key * stride, t) : _mm512_setzero_ps();
+                const bool one = key < count && t == Packed<D>::VALUE_TILES - 1;
+                if (one) pair[i] = _mm512_mask_mov_ps(pair[i], 1 << 15, _mm512_set1_ps(1));
+            }
+            _mm512_store_si512(to + row * 32, interleave(pair[0], pair[1]));
         }
 }
 
@@ -299,8 +334,8 @@ struct Block {
     alignas(64) float scores[CHUNK / KEYS * 4 * TILE_FP32];
     alignas(64) bf16 weights[CHUNK / KEYS * 2 * TILE_BF16];
     alignas(64) float output[(Head::VALUE_TILES + 1) / 2 * 4 * TILE_FP32];
-    alignas(64) float sums[QUERIES][TILE];  // of the weights, for each query in 16 parts
-    float largest[QUERIES];                 // score so far, where there is no bound
+    float largest[QUERIES];  // score so far, where there is no bound
+    bool spoiled[QUERIES];   // by a score that is infinite or not a number
 
     static constexpr float C() { return LOG2_E / __builtin_sqrtf(D); }
 
@@ -310,14 +345,13 @@ struct Block {
         float longest = 0;
         for (int r = 0; r < rows; r++) {
             bf16* to = q + r / TILE * Head::KEY_TILES * TILE_BF16 + r % TILE * 32;
-            __m512 square = _mm512_setzero_ps();
-            for (int t = 0; t < Head::VALUE_TILES; t++) {
-                const __m512 x = load(from + r * stride + t * 16, std::min(16, D - t * 16));
-                square = _mm512_fmadd_ps(x, x, square);
+            __m512 squares = _mm512_setzero_ps();
+            for (int t = 0; t < Head::INPUT_TILES; t++) {
+                const __m512 x = load_part<D>(from + r * stride, t);
+                squares = _mm512_fmadd_ps(x, x, squares);
                 _mm256_store_si256((__m256i*)(to + t / 2 * TILE_BF16 + t % 2 * 16), (__m256i)_mm512_cvtneps_pbh(x));
             }
-            const float sum = _mm512_reduce_add_ps(square);
-            if (!(sum <= longest)) longest = sum;
+            longest = std::max(longest, squared_length(squares));
         }
         return std::sqrt(longest);
     }
@@ -328,43 +362,52 @@ struct Block {
         product<true, false>(q, TILE_BF16, row, keys, TILE_BF16, row, to, Head::KEY_TILES, Head::LAST_PAIRS);
     }
 
-    // Weights 2^(c S - m) of 32 queries and the first `valid` of 32 keys, from their scores; adds to the sums.
-    void weigh(const float* from, bf16* to, int valid, float offset) {
-        const __m512 c = _mm512_set1_ps(C()), m = _mm512_set1_ps(offset);
-        const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-        const __mmask16 left = _cvtu32_mask16(valid >= 16 ? 0xffff : (1u << valid) - 1);
-        const __mmask16 right = _cvtu32_mask16(valid >= 32 ? 0xffff : valid > 16 ? (1u << (valid - 16)) - 1 : 0);
-        for (int r = 0; r < QUERIES; r++) {
-            const float* row = from + r / TILE * TILE_FP32 + r % TILE * TILE;
-            const __m512 a = exp2(_mm512_fmsub_ps(_mm512_load_ps(row), c, m), left);
-            const __m512 b = exp2(_mm512_fmsub_ps(_mm512_load_ps(row + 2 * TILE_FP32), c, m), right);
-            const __m512bh rounded = _mm512_cvtne2ps_pbh(b, a);
-            // sums what was rounded, so that the weights that the values are multiplied by add up to 1
-            _mm512_store_ps(sums[r], _mm512_dpbf16_ps(_mm512_load_ps(sums[r]), rounded, ones));
-            _mm512_store_si512(to + r / TILE * TILE_BF16 + r % TILE * 32, (__m512i)rounded);
-        }
+    // Weights 2^(S c) of 32 queries and 32 keys, from their scores; where those are not bounded, less the largest.
+    template <bool bounded>
+    void weigh(const float* from, bf16* to) {
+        const __m512i excess = _mm512_load_si512(EXCESS.bytes), bias = _mm512_set1_epi16(126 * OCTAVE);
+        const __m512 c = _mm512_set1_ps(OCTAVE * C()), two = _mm512_set1_ps(2);
+        for (int half = 0; half < 2; half++, from += TILE_FP32, to += TILE_BF16)
+#pragma GCC unroll 16
+            for (int r = 0; r < TILE; r++) {
+                __m512 left = _mm512_load_ps(from + r * TILE), right = _mm512_load_ps(from + r * TILE + 2 * TILE_FP32);
+                if (!bounded) {
+                    const __m512 most = _mm512_set1_ps(largest[half * TILE + r]);
+                    left = _mm512_sub_ps(left, most);
+                    right = _mm512_sub_ps(right, most);
+                }
+                const __m512i low = _mm512_cvtps_epi32(_mm512_fmadd_ps(left, c, two));
+                const __m512i high = _mm512_cvtps_epi32(_mm512_fmadd_ps(right, c, two));
+                __m512i x = _mm512_packs_epi32(low, high);
+                if (!bounded) {  // 2^-126 and less count as 0; keys that are padding may have a larger score
+                    x = _mm512_max_epi16(x, _mm512_set1_epi16(-126 * OCTAVE));
+                    x = _mm512_min_epi16(x, _mm512_set1_epi16(2));
+                }
+                // Adds 126 in the high byte and, by the first 6 bits behind the point, 255 - excess in the low byte.
+                const __m512i step = _mm512_srli_epi16(x, 2);
+                const __m512i more = _mm512_mask_permutexvar_epi8(bias, 0x5555555555555555, step, excess);
+                _mm512_store_si512(to + r * 2 * TILE, _mm512_srli_epi16(_mm512_add_epi16(x, more), 1));
+            }
     }
 
-    // Online softmax: finds each query's largest score so far, subtracts it from the chunk's scores, and scales what
-    // was summed before. (Subtracting it first is exact where it matters; c times a large score is not.)
-    void subtract_largest(int64_t keys) {
-        const auto score_row = [&](int64_t n, int r) {
-            return scores + (n / KEYS * 4 + n % KEYS / TILE * 2 + r / TILE) * TILE_FP32 + r % TILE * TILE;
-        };
+    // Online softmax: finds each query's largest score so far, and scales what was summed up before.
+    void find_largest(int64_t keys) {
         for (int r = 0; r < QUERIES; r++) {
             __m512 found = _mm512_set1_ps(largest[r]);
+            __mmask16 bad = 0;
             for (int64_t n = 0; n < keys; n += TILE) {
-                const __mmask16 valid = _cvtu32_mask16(keys - n >= 16 ? 0xffff : (1u << (keys - n)) - 1);
-                found = _mm512_mask_max_ps(found, valid, found, _mm512_load_ps(score_row(n, r)));
+                const float* row = scores + (n / TILE * 2 + r / TILE) * TILE_FP32 + r % TILE * TILE;
+                const __mmask16 valid = _cvtu32_mask16(keys - n >= TILE ? 0xffff : (1u << (keys - n)) - 1);
+                const __m512 x = _mm512_load_ps(row);
+                found = _mm512_mask_max_ps(found, valid, found, x);
+                bad |= _mm512_mask_cmp_ps_mask(valid, x, _mm512_set1_ps(INFINITE), _CMP_NLT_UQ);
             }
             const float before = largest[r];
             largest[r] = _mm512_reduce_max_ps(found);
-            const __m512 shift = _mm512_set1_ps(std::isinf(largest[r]) && largest[r] < 0 ? 0 : largest[r]);
-            for (int64_t n = 0; n < keys; n += TILE)
-                _mm512_store_ps(score_row(n, r), _mm512_sub_ps(_mm512_load_ps(score_row(n, r)), shift));
+            spoiled[r] = spoiled[r] || bad != 0;
             if (largest[r] == before) continue;
-            const __m512 scale = _mm512_set1_ps(std::exp2(C() * (before - largest[r])));
-            _mm512_store_ps(sums[r], _mm512_mul_ps(_mm512_load_ps(sums[r]), scale));
+            const float octaves = C() * (before - largest[r]);
+            const __m512 scale = _mm512_set1_ps(octaves > -100 ? std::exp2(octaves) : 0);
             for (int t = 0; t < Head::VALUE_TILES; t++)
                 _mm512_store_ps(output_row(r, t), _mm512_mul_ps(_mm512_load_ps(output_row(r, t)), scale));
         }
@@ -374,42 +417,44 @@ struct Block {
 
     void add_values(const bf16* values, int64_t keys) {
         const int depth = ceil_div(keys, KEYS);
-        const int last_pairs = (keys - (depth - 1) * KEYS + 1) / 2;
         for (int t = 0; t < Head::VALUE_TILES; t += 2) {
             const auto add = t + 1 < Head::VALUE_TILES ? product<true, true> : product<false, true>;
-            add(weights, 2 * TILE_BF16, TILE_BF16, values + t * TILE_BF16, Head::VALUE_TILES * TILE_BF16, TILE_BF16,
-                output + 2 * t * TILE_FP32, depth, last_pairs);
+            add(weights, 2 * TILE_BF16, TILE_BF16, values + t * TILE_BF16, Head::VALUE_BLOCK, TILE_BF16,
+                output + 2 * t * TILE_FP32, depth, PAIRS);
         }
+    }
+
+    template <bool bounded>
+    void add_chunk(const bf16* keys, const bf16* values, int64_t count) {
+        const int blocks = ceil_div(count, KEYS);
+        // Products and exponentials run in different parts of the core: those of the next block come before these.
+        const int ahead = bounded ? 1 : blocks;
+        const auto scores_of = [&](int j) { return scores + (bounded ? j % 2 : j) * 4 * TILE_FP32; };
+        const auto score_block = [&](int j) { score(keys + j * Head::KEY_BLOCK, scores_of(j)); };
+        for (int j = 0; j < ahead; j++) score_block(j);
+        if (!bounded) find_largest(count);
+        for (int j = 0; j < blocks; j++) {
+            if (j + ahead < blocks) score_block(j + ahead);
+            weigh<bounded>(scores_of(j), weights + j * 2 * TILE_BF16);
+        }
+        add_values(values, count);
     }
 
     template <class T>
     void attend(const T* from, T* to, int rows, int64_t stride, const Head& head, int64_t length) {
-        const float bound = C() * pack_queries(from, rows, stride) * head.longest_key;
-        const bool bounded = bound <= (head.centred ? 2 : 1) * LARGEST_BOUND;
-        const float m = bounded && head.centred ? bound / 2 : 0;
-        std::fill(largest, largest + QUERIES, -std::numeric_limits<float>::infinity());
-        std::memset(sums, 0, sizeof sums);
+        const bool bounded = pack_queries(from, rows, stride) * head.longest_key * C() <= LARGEST_BOUND;
+        std::fill(largest, largest + QUERIES, -INFINITE);
+        std::fill(spoiled, spoiled + QUERIES, false);
         std::memset(output, 0, sizeof output);
         for (int64_t begin = 0; begin < length; begin += CHUNK) {
-            const int64_t keys = std::min<int64_t>(CHUNK, length - begin);
-            const int blocks = ceil_div(keys, KEYS);
-            const bf16* packed = head.keys + begin / TILE * Head::KEY_TILES * TILE_BF16;
-            auto score_block = [&](int j) {
-                score(packed + j * 2 * Head::KEY_TILES * TILE_BF16, scores + j * 4 * TILE_FP32);
-            };
-            // Products and exponentials run in different parts of the core: those of the next block come before these.
-            for (int j = 0; j < (bounded ? 1 : blocks); j++) score_block(j);
-            if (!bounded) subtract_largest(keys);
-            for (int j = 0; j < blocks; j++) {
-                if (bounded && j + 1 < blocks) score_block(j + 1);
-                const int valid = std::min<int64_t>(KEYS, keys - j * KEYS);
-                weigh(scores + j * 4 * TILE_FP32, weights + j * 2 * TILE_BF16, valid, m);
-            }
-            add_values(head.values + begin / KEYS * Head::VALUE_TILES * TILE_BF16, keys);
+            const auto add = bounded ? &Block::add_chunk<true> : &Block::add_chunk<false>;
+            (this->*add)(head.keys + begin / KEYS * Head::KEY_BLOCK, head.values + begin / KEYS * Head::VALUE_BLOCK,
+                         std::min<int64_t>(CHUNK, length - begin));
         }
         for (int r = 0; r < rows; r++) {
-            const __m512 inverse = _mm512_set1_ps(1.f / _mm512_reduce_add_ps(_mm512_load_ps(sums[r])));
-            for (int t = 0; t < Head::VALUE_TILES; t++)
+            const float sum = output_row(r, Head::VALUE_TILES - 1)[TILE - 1];
+            const __m512 inverse = _mm512_set1_ps(spoiled[r] ? std::nanf("") : 1 / sum);
+            for (int t = 0; t < Head::INPUT_TILES; t++)
                 store(to + r * stride + t * 16, _mm512_mul_ps(_mm512_load_ps(output_row(r, t)), inverse),
                       std::min(16, D - t * 16));
         }
@@ -421,31 +466,43 @@ void attend(const T* q, const T* k, const T* v, T* out, const Sizes& sizes) {
     using Head = Packed<D>;
     using Range = tbb::blocked_range<int64_t>;
     const int64_t stride = sizes.heads * D, heads = sizes.batch * sizes.heads;
-    const int64_t key_size = ceil_div(sizes.keys, KEYS) * 2 * Head::KEY_TILES * TILE_BF16;
-    const int64_t value_size = ceil_div(sizes.keys, KEYS) * Head::VALUE_TILES * TILE_BF16;
-    const auto keys = allocate<bf16>(heads * key_size), values = allocate<bf16>(heads * value_size);
-    const std::unique_ptr<Head[]> packed(new Head[heads]);
-    const auto begin = [&](int64_t head, int64_t length) {
-        return head / sizes.heads * length * stride + head % sizes.heads * D;
-    };
-    // Keys and values are packed once, for all queries; then all blocks of queries of all heads are shared out.
-    tbb::parallel_for(Range(0, heads, 1), [&](const Range& range) {
-        for (int64_t head = range.begin(); head < range.end(); head++) {
-            packed[head].keys = keys.get() + head * key_size;
-            packed[head].values = values.get() + head * value_size;
-            const int64_t at = begin(head, sizes.keys);
-            packed[head].pack(k + at, v + at, sizes.keys, stride);
+    const int64_t key_blocks = ceil_div(sizes.keys, KEYS), query_blocks = ceil_div(sizes.queries, QUERIES);
+    // Kept for the thread's next call: the system would have to clear new memory, which takes as long as packing.
+    static thread_local Workspace workspace;
+    bf16* const packed = workspace.at_least(heads * key_blocks * (Head::KEY_BLOCK + Head::VALUE_BLOCK));
+    const std::unique_ptr<Head[]> all(new Head[heads]);
+    for (int64_t head = 0; head < heads; head++) {
+        all[head].keys = packed + head * key_blocks * Head::KEY_BLOCK;
+        all[head].values = packed + (heads * Head::KEY_BLOCK + head * Head::VALUE_BLOCK) * key_blocks;
+    }
+    // Keys and values are packed once, for all queries, in the order in which they are in memory ...
+    const std::unique_ptr<float[]> longest(new float[heads * key_blocks]);
+    tbb::parallel_for(Range(0, sizes.batch * key_blocks, 1), [&](const Range& range) {
+        for (int64_t number = range.begin(); number < range.end(); number++) {
+            const int64_t sample = number / key_blocks, block = number % key_blocks;
+            const int count = std::min<int64_t>(KEYS, sizes.keys - block * KEYS);
+            for (int64_t head = sample * sizes.heads; head < (sample + 1) * sizes.heads; head++) {
+                const int64_t at = (sample * sizes.keys + block * KEYS) * stride + head % sizes.heads * D;
+                float& length = longest[head * key_blocks + block];
+                length = pack_keys<D>(k + at, count, stride, all[head].keys + block * Head::KEY_BLOCK);
+                pack_values<D>(v + at, count, stride, all[head].values + block * Head::VALUE_BLOCK);
+            }
         }
     });
-    const int64_t blocks = ceil_div(sizes.queries, QUERIES), grain = std::max<int64_t>(1, blocks / 16);
-    tbb::parallel_for(Range(0, heads * blocks, grain), [&](const Range& range) {
+    for (int64_t head = 0; head < heads; head++) {
+        const float* of_blocks = longest.get() + head * key_blocks;
+        all[head].longest_key = std::sqrt(*std::max_element(of_blocks, of_blocks + key_blocks));
+    }
+    // ... then all blocks of queries of all heads are shared out.
+    const int64_t grain = std::max<int64_t>(1, query_blocks / 16);
+    tbb::parallel_for(Range(0, heads * query_blocks, grain), [&](const Range& range) {
         [[maybe_unused]] const Tiles tiles;
         const auto block = allocate<Block<D>>(1);
         for (int64_t number = range.begin(); number < range.end(); number++) {
-            const int64_t head = number / blocks, row = number % blocks * QUERIES;
-            const int64_t at = begin(head, sizes.queries) + row * stride;
+            const int64_t head = number / query_blocks, row = number % query_blocks * QUERIES;
+            const int64_t at = (head / sizes.heads * sizes.queries + row) * stride + head % sizes.heads * D;
             const int rows = std::min<int64_t>(QUERIES, sizes.queries - row);
-            block[0].attend(q + at, out + at, rows, stride, packed[head], sizes.keys);
+            block[0].attend(q + at, out + at, rows, stride, all[head], sizes.keys);
         }
     });
 }
@@ -465,8 +522,8 @@ bool attend(const T* q, const T* k, const T* v, T* out, const Sizes& sizes, int6
 
 }  // namespace
 
-// q, out [batch, queries, heads, width]; k, v [batch, keys, heads, width]. Returns 1, and leaves `out` alone, if there is
-// no kernel for this width, or if the system gives no tile registers.
+// q, out [batch, queries, heads, width]; k, v [batch, keys, heads, width]. Returns 1, and leaves `out` alone, if there
+// is no kernel for this width, or if the system gives no tile registers.
 #define ATTENTION(NAME, TYPE)                                                                                      \
     extern "C" int NAME(const TYPE* q, const TYPE* k, const TYPE* v, TYPE* out, int64_t batch, int64_t queries,    \
                         int64_t keys, int64_t heads, int64_t width, int threads) {                                 \

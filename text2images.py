@@ -1423,8 +1423,8 @@ def load_attention() -> ctypes.CDLL:
         OSError, subprocess.SubprocessError: it cannot be built or loaded here, or what it computes is wrong.
     """
     in_bf16 = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if not in_bf16 or "avx512_bf16" not in cpu_flags():
-        raise OSError("this is no CPU with AMX or AVX512-BF16 under Linux")
+    if not in_bf16 or not {"avx512_bf16", "avx512vbmi"} <= set(cpu_flags()):
+        raise OSError("this is no CPU with AMX or AVX512-BF16 and AVX512-VBMI under Linux")
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         raise OSError("there is no C++ compiler")

@@ -22,24 +22,26 @@ from conftest import ROOT
 
 COMPILER = shutil.which(os.environ.get("CXX") or "c++")
 needs_attention = pytest.mark.skipif(
-    COMPILER is None or "avx512_bf16" not in text2images.cpu_flags(), reason="no C++ compiler, or no AVX512-BF16"
+    COMPILER is None or not {"avx512_bf16", "avx512vbmi"} <= set(text2images.cpu_flags()),
+    reason="no C++ compiler, or no AVX512-BF16 and AVX512-VBMI",
 )
 
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
-    """As text2images.py builds it, and with AMX's tiles emulated, which tests all but their speed on any such CPU."""
+    """As text2images.py builds it for this CPU, without AMX, and with AMX's tiles emulated."""
     folder = tmp_path_factory.mktemp("attention")
     openvino = Path(text2images.import_openvino().__file__).parent
-    emulating = folder / "emulating"  # a compiler, as far as text2images.py can see
-    emulating.write_text(f'#!/bin/sh\nexec "{COMPILER}" -DEMULATED_TILES=\'"{ROOT}/tests/emulated_tiles.h"\' "$@"\n')
-    emulating.chmod(0o755)
-    for name, compiler in {"native": COMPILER, "emulated AMX": str(emulating)}.items():
-        text2images.build_attention(compiler, openvino, folder / f"{name}.so")
+    emulated = f"-DEMULATED_TILES='\"{ROOT}/tests/emulated_tiles.h\"'"
+    for name, flags in {"native": "", "AVX512-BF16": "-mno-amx-bf16", "emulated AMX": emulated}.items():
+        compiler = folder / "compiler"  # as far as text2images.py can see
+        compiler.write_text(f'#!/bin/sh\nexec "{COMPILER}" "$@" {flags}\n')
+        compiler.chmod(0o755)
+        text2images.build_attention(str(compiler), openvino, folder / f"{name}.so")
     return {path.stem: ctypes.CDLL(str(path)) for path in folder.glob("*.so")}
 
 
-@pytest.fixture(params=["native", "emulated AMX"])
+@pytest.fixture(params=["native", "AVX512-BF16", "emulated AMX"])
 def library(request: pytest.FixtureRequest, libraries: dict[str, ctypes.CDLL]) -> ctypes.CDLL:
     return libraries[request.param]
 
@@ -201,7 +203,7 @@ def test_without_it_attention_is_openvinos_own_and_one_line_says_why(
             return capabilities
 
     monkeypatch.setattr(text2images, "openvino_core", lambda: Core())
-    monkeypatch.setattr(text2images, "cpu_flags", lambda: ["avx2", "avx512_bf16"])
+    monkeypatch.setattr(text2images, "cpu_flags", lambda: ["avx512_bf16", "avx512vbmi"])
     compiler = tmp_path / "compiler"
     compiler.write_text(
         "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'amx_attention.cpp:1: no such thing' >&2\nexit 1\n"
