@@ -1,7 +1,7 @@
 // Attention for long sequences on CPUs with bf16 instructions: softmax(q kᵀ / √D) v.
 //
 // text2images.py builds this file with the C++ compiler that is there, and OpenVINO's model of the UNet then calls it
-// for its long self-attentions. Products are in bf16 with fp32 sums. Inputs and outputs are fp32 or bf16, and have the
+// for attention of many queries. Products are in bf16 with fp32 sums. Inputs and outputs are fp32 or bf16, and have the
 // layout [B, L, heads, D].
 //
 // How a head is computed, 32 queries at a time, over keys in chunks of 256:

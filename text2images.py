@@ -1043,7 +1043,7 @@ class Int8Layer(nn.Module):
 # ---------------------------------------------------------------- the int8 UNet in OpenVINO
 
 DEVICE_PROPERTIES = "FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"
-GRAPH_VERSION = 1  # to be raised with every change of what unet_to_openvino makes: older files are then made anew
+GRAPH_VERSION = 2  # to be raised with every change of the graph that is made or compiled: older files are made anew
 
 
 def import_openvino() -> Any:
@@ -1352,28 +1352,30 @@ def kernels_are_exact(device: str) -> bool:
     return True
 
 
-# ---------------------------------------------------------------- long self-attention in bf16
+# ---------------------------------------------------------------- long attention in bf16
 
 ATTENTION_SOURCE = Path(__file__).with_name("amx_attention.cpp")
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of a head: those of SD 1.x, 2.x and SDXL
-LONG_ATTENTION = 1024  # tokens; with fewer, OpenVINO's own attention takes no longer: benchmarks/attention.py
+LONG_ATTENTION = 1024  # queries; with fewer, a step takes as long with OpenVINO's own attention
 
 
 def replace_long_attention(model: Any, operation: type) -> None:
-    """Have amx_attention.cpp compute the long self-attentions of a model whose sizes are fixed.
+    """Have amx_attention.cpp compute attention, self or cross, of many queries in a model whose sizes are fixed.
 
-    It takes [B, L, heads, D] as it is, where OpenVINO's own has q, k, v and its output transposed.
+    It takes [B, L, heads, D] in bf16 as it is, where OpenVINO's own has q, k, v and its output transposed.
     """
+    ops = import_openvino().opset13
     for node in model.get_ordered_ops():
         if node.get_type_name() != "ScaledDotProductAttention" or node.get_input_size() != 3:  # the latter has a mask
             continue
-        length, width = list(node.get_input_shape(1))[2:]
+        queries, width = list(node.get_input_shape(0))[2:]
         transposed = [node.input_value(number).get_node() for number in range(3)]
         readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
-        if length < LONG_ATTENTION or width not in ATTENTION_WIDTHS:
+        if queries < LONG_ATTENTION or width not in ATTENTION_WIDTHS:
             continue
         if all(other.get_type_name() == "Transpose" for other in transposed + readers):
-            attention = operation([other.input_value(0) for other in transposed])
+            inputs = [ops.convert(other.input_value(0), "bf16") for other in transposed]
+            attention = ops.convert(operation(inputs), "f32")
             for reader in readers:
                 reader.output(0).replace(attention.output(0))
     model.validate_nodes_and_infer_types()
@@ -1461,11 +1463,15 @@ def build_attention(compiler: str, openvino: Path, output: Path, source: Path = 
 
 
 def attend(library: ctypes.CDLL, q: np.ndarray, k: np.ndarray, v: np.ndarray, output: np.ndarray) -> None:
-    """output = softmax(q kᵀ / √D) v; q and output [B, L, heads, D], k and v [B, L', heads, D], contiguous fp32."""
+    """output = softmax(q kᵀ / √D) v; q and output [B, L, heads, D], k and v [B, L', heads, D], contiguous.
+
+    All are in fp32 or in bf16, for which, as NumPy has none, any type of two bytes is taken.
+    """
     batch, queries, heads, width = q.shape
     pointers = [ctypes.c_void_p(array.ctypes.data) for array in (q, k, v, output)]
     sizes = [ctypes.c_int64(size) for size in (batch, queries, k.shape[1], heads, width)]
-    if library.attention_fp32(*pointers, *sizes, torch.get_num_threads()) != 0:
+    compute = library.attention_fp32 if q.itemsize == 4 else library.attention_bf16
+    if compute(*pointers, *sizes, torch.get_num_threads()) != 0:
         raise OSError(f"the system gives no tile registers, or heads of width {width} are not in it")
 
 

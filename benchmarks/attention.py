@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Self-attention by amx_attention.cpp, by PyTorch and by OpenVINO in bf16, interleaved: time, and error to fp64.
+"""Attention by amx_attention.cpp, by PyTorch and by OpenVINO in bf16, interleaved: time, and error to fp64.
 
-The sizes are those of SD v1.5 and SDXL at their training resolutions, batch 2 as with guidance. "seconds" is the
-median, "limit_seconds" what the kernel's products and exponentials take when all they need is in the L1 cache (their
-sum, or the larger of both where AMX computes products beside the exponentials), "limit_share" that over "seconds".
+The sizes are those of SD v1.5 and SDXL at their training resolutions, batch 2 as with guidance; a caption has 77 keys.
+"seconds" is the median, "limit_seconds" what the kernel's products and exponentials take when all they need is in the
+L1 cache (their sum, or the larger of both where AMX computes products beside the exponentials), "limit_share" that over
+"seconds".
 
     python benchmarks/attention.py --output benchmarks/results/attention.json
 """
@@ -33,8 +34,9 @@ import text2images  # noqa: E402
 from output import machine, write_json  # noqa: E402
 from timing import interleaved  # noqa: E402
 
-Size = tuple[int, int, int]  # heads, tokens, width of a head
-SIZES: list[Size] = [(8, 4096, 40), (8, 1024, 80), (8, 256, 160), (10, 4096, 64), (20, 1024, 64)]
+Size = tuple[int, int, int, int]  # heads, queries, keys, width of a head
+SIZES: list[Size] = [(8, 4096, 4096, 40), (8, 1024, 1024, 80), (8, 256, 256, 160)]  # SD v1.5
+SIZES += [(8, 4096, 77, 40), (8, 1024, 77, 80), (10, 4096, 4096, 64), (20, 1024, 1024, 64)]
 BATCH = 2
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v: [B, L, heads, D]
 
@@ -67,11 +69,12 @@ def by_openvino(inputs: Inputs) -> Callable[[], torch.Tensor]:
 
 
 def by_kernel(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """fp32 in and out, as OpenVINO calls it."""
-    library, output = text2images.load_attention(), torch.empty_like(inputs[0])
+    """Inputs and output in bf16, as OpenVINO calls it."""
+    library, output = text2images.load_attention(), torch.empty_like(inputs[0], dtype=torch.bfloat16)
+    arrays = [tensor.bfloat16().view(torch.int16).numpy() for tensor in (*inputs, output)]
 
     def run() -> torch.Tensor:
-        text2images.attend(library, *(tensor.numpy() for tensor in (*inputs, output)))
+        text2images.attend(library, *arrays)
         return output
 
     return run
@@ -82,10 +85,10 @@ VARIANTS = {"amx_attention.cpp": by_kernel, "PyTorch": by_pytorch, "OpenVINO": b
 
 def measure(size: Size, threads: int, rounds: int, limit: Callable[[Size], float]) -> list[dict[str, Any]]:
     """A row for each variant."""
-    heads, length, width = size
+    heads, queries, keys, width = size
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
-    inputs = tuple(torch.randn(BATCH, length, heads, width, generator=generator) for _ in range(3))
+    inputs = tuple(torch.randn(BATCH, length, heads, width, generator=generator) for length in (queries, keys, keys))
     variants = {name: make(inputs) for name, make in VARIANTS.items()}
     seconds = {
         name: statistics.median(wall for wall, _ in times) for name, times in interleaved(variants, rounds).items()
@@ -94,7 +97,7 @@ def measure(size: Size, threads: int, rounds: int, limit: Callable[[Size], float
     exact = F.scaled_dot_product_attention(*(tensor.double().transpose(1, 2) for tensor in head)).transpose(1, 2)
     rows = []
     for name, run in variants.items():
-        row = {"name": name, "heads": heads, "tokens": length, "width": width, "threads": threads}
+        row = {"name": name, "heads": heads, "queries": queries, "keys": keys, "width": width, "threads": threads}
         row["seconds"] = seconds[name]
         row["ratio_to_pytorch"] = row["seconds"] / seconds["PyTorch"]
         row["error"] = float(torch.linalg.norm(run()[:1, :, :1] - exact) / torch.linalg.norm(exact))
@@ -114,14 +117,14 @@ def build_limits(folder: Path) -> Callable[[Size], float]:
     library = ctypes.CDLL(str(path))
 
     def limit(size: Size) -> float:
-        heads, length, width = size
+        heads, queries, keys, width = size
         parts = (ctypes.c_double * 3)()
         if library.measure_limits(width, parts) != 0:
             raise SystemExit(f"no kernel for heads of width {width} on this CPU")
         score, values, exponentials = parts
         beside = "amx_bf16" in machine()["flags"]
         one = max(score + values, exponentials) if beside else score + values + exponentials
-        return one * BATCH * heads * (length / 32) ** 2
+        return one * BATCH * heads * -(-queries // 32) * -(-keys // 32)
 
     return limit
 
@@ -138,9 +141,9 @@ def main() -> None:
     for row in rows:
         share = f"{row['limit_share']:.0%} of the limit" if "limit_share" in row else ""
         print(
-            f"{row['heads']:3} heads, {row['tokens']} tokens, width {row['width']:3}, {row['threads']} threads: "
-            f"{row['name']:18} {row['seconds'] * 1e3:8.2f} ms, {row['ratio_to_pytorch']:.2f} of PyTorch's, "
-            f"error {row['error']:.1e} {share}"
+            f"{row['heads']:3} heads, {row['queries']} x {row['keys']}, width {row['width']:3}, "
+            f"{row['threads']} threads: {row['name']:18} {row['seconds'] * 1e3:8.2f} ms, "
+            f"{row['ratio_to_pytorch']:.2f} of PyTorch's, error {row['error']:.1e} {share}"
         )
     if args.output is not None:
         rows = [{key: round(x, 6) if isinstance(x, float) else x for key, x in row.items()} for row in rows]

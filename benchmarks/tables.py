@@ -221,19 +221,21 @@ def operators(result: Row) -> Content:
 
 @table("attention", "attention.json", scripts=("amx_attention.cpp", "benchmarks/attention.py"))
 def attention(result: Row) -> Content:
-    """Long self-attention beside PyTorch's and OpenVINO's."""
+    """Long attention beside PyTorch's and OpenVINO's."""
     names = ("PyTorch", "OpenVINO", "amx_attention.cpp")
-    content = Content(["heads, tokens, width; threads", *(f"{name}, ms" for name in names), "of its limit", "errors"])
+    content = Content(
+        ["heads, queries, keys, width; threads", *(f"{name}, ms" for name in names), "of its limit", "errors"]
+    )
     cases: dict[tuple, dict[str, Row]] = {}
     for row in result.get("rows", []):
-        case = row["heads"], row["tokens"], row["width"], row["threads"]
+        case = row["heads"], row["queries"], row["keys"], row["width"], row["threads"]
         cases.setdefault(case, {})[row["name"]] = row
-    for (heads, tokens, width, threads), rows in cases.items():
+    for (heads, queries, keys, width, threads), rows in cases.items():
         base = rows["PyTorch"]["seconds"] * 1e3
         times = [with_ratio(rows[name]["seconds"] * 1e3, base, 1) for name in names]
         errors = " / ".join(f"{rows[name]['error']:.4f}" for name in names)
         share = f"{rows[names[-1]]['limit_share']:.0%}"
-        content.rows.append([f"{heads}, {tokens:,}, {width}; {threads}", *times, share, errors])
+        content.rows.append([f"{heads}, {queries:,}, {keys:,}, {width}; {threads}", *times, share, errors])
     content.missing = [] if content.rows else ["attention (benchmarks/attention.py)"]
     return content
 
@@ -503,7 +505,7 @@ def tried_training(plain: Row, outliers: Row) -> Content:
     return beside_outliers(plain, outliers, names, "int8-ptq")
 
 
-def pytorch_steps(result: Row) -> Content:
+def archived_steps(result: Row) -> Content:
     content = Content(["UNet, batch 2, latents 64x64", "s/step", "to fp32", "peak GiB"])
     for row in result.get("rows", []):
         if (row["batch"], row["latents"]) == (2, 64):
@@ -514,7 +516,8 @@ def pytorch_steps(result: Row) -> Content:
 
 for place in ("epyc", "amx", "amx_paired", "without_amx"):
     name = f"pytorch-kernels-{place.replace('_', '-')}"
-    table(name, f"archive/unet_step_{place}.json")(pytorch_steps)
+    table(name, f"archive/unet_step_{place}.json")(archived_steps)
+table("steps-avx512-bf16", "archive/unet_step_avx512_bf16.json")(archived_steps)
 
 
 @table("pytorch-kernels-fidelity", "archive/fidelity_pytorch_kernels.json")

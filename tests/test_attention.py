@@ -123,9 +123,7 @@ def test_a_width_without_kernel_is_refused(library: ctypes.CDLL) -> None:
 def test_bf16_inputs_are_taken_as_they_are(library: ctypes.CDLL) -> None:
     q, k, v = (x.bfloat16() for x in random_inputs(80, 33, 300))
     output = torch.empty_like(q)
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (q, k, v, output)]
-    sizes = [ctypes.c_int64(size) for size in (2, 33, 300, 3, 80)]
-    assert library.attention_bf16(*pointers, *sizes, 1) == 0
+    text2images.attend(library, *(tensor.view(torch.int16).numpy() for tensor in (q, k, v, output)))
     expected = exact(q, k, v)
     pytorchs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     assert error(output, expected) <= 1.2 * error(pytorchs, expected)
@@ -148,13 +146,14 @@ def test_threads_and_batches_change_nothing(library: ctypes.CDLL) -> None:
 # ---------------------------------------------------------------- in text2images.py
 
 
-def attention_model(length: int, width: int, mask: bool = False):
-    """OpenVINO's model of one self-attention, as diffusers has it: [B, L, 2 heads, D] in and out."""
+def attention_model(queries: int, keys: int, width: int, mask: bool = False):
+    """OpenVINO's model of one attention, as diffusers has it: [B, L, 2 heads, D] in and out."""
     ov = text2images.import_openvino()
     ops, order = ov.opset13, np.array([0, 2, 1, 3])
-    inputs = [ops.parameter([1, length, 2, width], ov.Type.f32, name=name) for name in "qkv"]
+    lengths = {"q": queries, "k": keys, "v": keys}
+    inputs = [ops.parameter([1, length, 2, width], ov.Type.f32, name=name) for name, length in lengths.items()]
     transposed = [ops.transpose(tensor, ops.constant(order)) for tensor in inputs]
-    more = [ops.constant(np.zeros((length, length), np.float32))] if mask else []
+    more = [ops.constant(np.zeros((queries, keys), np.float32))] if mask else []
     attention = ops.scaled_dot_product_attention(*transposed, *more, causal=False)
     return ov.Model([ops.multiply(ops.transpose(attention, ops.constant(order)), ops.constant(np.float32(2)))], inputs)
 
@@ -164,25 +163,33 @@ def operations(model) -> list[str]:
 
 
 @needs_attention
-def test_only_long_self_attentions_without_mask_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "mask", "replaced"),
+    [
+        (1024, 1024, 40, False, True),
+        (1024, 77, 40, False, True),
+        (1023, 1023, 40, False, False),
+        (77, 1024, 40, False, False),
+        (1024, 1024, 48, False, False),
+        (1024, 1024, 40, True, False),
+    ],
+)
+def test_only_attention_of_many_queries_without_mask_is_replaced(
+    queries: int, keys: int, width: int, mask: bool, replaced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    operation = text2images.long_attention_operation()
-    for length, width, mask in ((1024, 40, False), (1023, 40, False), (1024, 48, False), (1024, 40, True)):
-        model = attention_model(length, width, mask)
-        text2images.replace_long_attention(model, operation)
-        replaced = (length, width, mask) == (1024, 40, False)
-        assert ("LongAttention" in operations(model), "ScaledDotProductAttention" in operations(model)) == (
-            replaced,
-            not replaced,
-        )
+    model = attention_model(queries, keys, width, mask)
+    text2images.replace_long_attention(model, text2images.long_attention_operation())
+    assert ("LongAttention" in operations(model)) == replaced
+    assert ("ScaledDotProductAttention" in operations(model)) != replaced
 
 
 @needs_attention
-def test_openvino_runs_it_also_from_a_compiled_model_on_disk() -> None:
+@pytest.mark.parametrize("keys", [1024, 77])
+def test_openvino_runs_it_also_from_a_compiled_model_on_disk(keys: int) -> None:
     core, operation = text2images.openvino_core(), text2images.long_attention_operation()
-    model = attention_model(1024, 64)
-    inputs = [tensor.numpy() for tensor in random_inputs(64, 1024, 1024, heads=2)]
-    inputs = [np.ascontiguousarray(array[:1]) for array in inputs]
+    model = attention_model(1024, keys, 64)
+    inputs = [tensor[:1].contiguous().numpy() for tensor in random_inputs(64, 1024, keys, heads=2)]
     expected = 2 * exact(*map(torch.from_numpy, inputs))
     text2images.replace_long_attention(model, operation)
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
@@ -259,7 +266,7 @@ def test_a_library_that_leaves_out_keys_is_not_used(libraries: dict[str, ctypes.
 def test_int8_unet_computes_the_same_with_it_also_when_loaded_again(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is in the graph of 1,024 tokens and more where the float layers are in bf16, and in no other."""
+    """It is in the graph of 1,024 pixels and more where the float layers are in bf16, and in no other."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
     sizes = {"block_out_channels": (80,), "attention_head_dim": 2, "cross_attention_dim": 32, "norm_num_groups": 8}
