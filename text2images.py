@@ -1031,7 +1031,8 @@ class Int8Layer(nn.Module):
         # (Four dimensions, as OpenVINO 2026.4 gives every sample the scale of the first where there are three.)
         largest = changes.abs().reshape(-1, *[1] * (4 - x.dim()), *x.shape[1:]).amax(dim=(1, 2, 3), keepdim=True)
         scales = (largest / 127).clamp(min=self.scale / 1000).view(-1, *[1] * (x.dim() - 1))
-        changes = torch.fake_quantize_per_tensor_affine(changes / scales, 1.0, 0, -128, 127)
+        # The zero point is not 0, as OpenVINO would then choose convolutions that keep weights of their own: 0.5 GiB.
+        changes = torch.fake_quantize_per_tensor_affine(changes / scales, 1.0, 127, 0, 255)
         return torch.cat([output, output + self.compute(changes.to(x.dtype), None) * scales.to(x.dtype)])
 
     def compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -1479,10 +1480,11 @@ def attention_is_right(library: ctypes.CDLL) -> bool:
     """Whether it computes softmax attention, for weights that are nearly equal, and for some that are nearly 1."""
     generator = torch.Generator().manual_seed(0)
     for width, size in itertools.product(ATTENTION_WIDTHS, (1, 20)):
-        q, k, v = (torch.randn(2, length, 2, width, generator=generator) for length in (35, 300, 300))
-        output = torch.empty_like(q)
-        attend(library, *(tensor.numpy() for tensor in (q * size, k, v, output)))
-        exact = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q * size, k, v))).transpose(1, 2)
+        inputs = [torch.randn(2, length, 2, width, generator=generator) for length in (35, 300, 300)]
+        inputs = [(tensor * factor).bfloat16() for tensor, factor in zip(inputs, (size, 1, 1))]
+        output = torch.empty_like(inputs[0])
+        attend(library, *(tensor.view(torch.int16).numpy() for tensor in [*inputs, output]))
+        exact = F.scaled_dot_product_attention(*(tensor.double().transpose(1, 2) for tensor in inputs)).transpose(1, 2)
         if not torch.linalg.norm(output - exact) <= 0.05 * torch.linalg.norm(exact):
             return False
     return True

@@ -254,10 +254,10 @@ def test_it_is_built_once_and_anew_when_damaged(tmp_path: Path, monkeypatch: pyt
 def test_a_library_that_leaves_out_keys_is_not_used(libraries: dict[str, ctypes.CDLL]) -> None:
     def fewer_keys(*arguments) -> int:
         *first, keys, heads, width, threads = arguments
-        return libraries["native"].attention_fp32(*first, ctypes.c_int64(keys.value - 16), heads, width, threads)
+        return libraries["native"].attention_bf16(*first, ctypes.c_int64(keys.value - 16), heads, width, threads)
 
     assert text2images.attention_is_right(libraries["native"])
-    assert not text2images.attention_is_right(SimpleNamespace(attention_fp32=fewer_keys))
+    assert not text2images.attention_is_right(SimpleNamespace(attention_bf16=fewer_keys))
 
 
 @needs_attention
@@ -290,7 +290,7 @@ def test_int8_unet_computes_the_same_with_it_also_when_loaded_again(
         return unet(sample[:, :, :edge], timestep, text)[0], len(calls)
 
     (once, used), (again, used_again), (_, used_for_less) = output(dtype), output(dtype), output(dtype, edge=30)
-    assert used == used_again == (4 if dtype == "bfloat16" else 0) and used_for_less == 0
+    assert used == used_again == (8 if dtype == "bfloat16" else 0) and used_for_less == 0
     assert torch.equal(once, again)
     monkeypatch.setattr(text2images, "long_attention_operation", lambda: None)
     (without, unused), (fp32, _) = output(dtype), output("float32")
