@@ -1044,7 +1044,7 @@ class Int8Layer(nn.Module):
 # ---------------------------------------------------------------- the int8 UNet in OpenVINO
 
 DEVICE_PROPERTIES = "FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"
-GRAPH_VERSION = 2  # to be raised with every change of the graph that is made or compiled: older files are made anew
+GRAPH_VERSION = 3  # to be raised with every change of the graph that is made or compiled: older files are made anew
 
 
 def import_openvino() -> Any:
