@@ -51,13 +51,13 @@ namespace {
 
 using bf16 = uint16_t;
 
-constexpr int TILE = 16;           // rows of a tile; columns of fp32
-constexpr int PAIRS = 16;          // pairs of bf16 in a tile's row
-constexpr int TILE_BF16 = 512;     // bf16 numbers in a tile
-constexpr int TILE_FP32 = 256;     // fp32 numbers in a tile
-constexpr int QUERIES = 32;        // queries computed at a time: two tiles
-constexpr int KEYS = 32;           // keys of one block of scores: two tiles
-constexpr int CHUNK = 256;         // keys between two products with the values
+constexpr int TILE = 16;             // rows of a tile; columns of fp32
+constexpr int PAIRS = 16;            // pairs of bf16 in a tile's row
+constexpr int TILE_BF16 = 512;       // bf16 numbers in a tile
+constexpr int TILE_FP32 = 256;       // fp32 numbers in a tile
+constexpr int QUERIES = 32;          // queries computed at a time: two tiles
+constexpr int KEYS = 32;             // keys of one block of scores: two tiles
+constexpr int CHUNK = 256;           // keys between two products with the values
 constexpr float LARGEST_BOUND = 80;  // 2^80 times a million, and 2^-80, are far from the ends of fp32
 constexpr int OCTAVE = 256;          // x is computed in 256ths: two for each of bf16's numbers
 constexpr float LOG2_E = 1.44269504f;
@@ -427,7 +427,7 @@ struct Block {
     template <bool bounded>
     void add_chunk(const bf16* keys, const bf16* values, int64_t count) {
         const int blocks = ceil_div(count, KEYS);
-        // Products and exponentials run in different parts of the core: those of the next block come before these.
+        // The next block's products come before this one's weights, which the core can compute at the same time.
         const int ahead = bounded ? 1 : blocks;
         const auto scores_of = [&](int j) { return scores + (bounded ? j % 2 : j) * 4 * TILE_FP32; };
         const auto score_block = [&](int j) { score(keys + j * Head::KEY_BLOCK, scores_of(j)); };
@@ -467,7 +467,7 @@ void attend(const T* q, const T* k, const T* v, T* out, const Sizes& sizes) {
     using Range = tbb::blocked_range<int64_t>;
     const int64_t stride = sizes.heads * D, heads = sizes.batch * sizes.heads;
     const int64_t key_blocks = ceil_div(sizes.keys, KEYS), query_blocks = ceil_div(sizes.queries, QUERIES);
-    // Kept for the thread's next call: the system would have to clear new memory, which takes as long as packing.
+    // Kept for the thread's next call, as the system would clear new memory, which takes as long as packing.
     static thread_local Workspace workspace;
     bf16* const packed = workspace.at_least(heads * key_blocks * (Head::KEY_BLOCK + Head::VALUE_BLOCK));
     const std::unique_ptr<Head[]> all(new Head[heads]);
