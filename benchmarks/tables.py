@@ -330,7 +330,7 @@ def commands(training: Row, runs: Row) -> Content:
         if steps != 50 or name not in ("fp32", "int8"):
             continue
         cells = [f"{row['seconds']:.0f} s", f"{row['peak_gib']:.1f} GiB", ""]
-        content.rows.append([f"`text2images.py`, {name}, one picture of {steps} steps", *cells])
+        content.rows.append([f"`text2images.py`, {name}, one image of {steps} steps", *cells])
     content.missing = [] if by_steps else ["text2images.py"]
     return drop_empty(content)
 
