@@ -41,7 +41,6 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <type_traits>
 
 #ifdef EMULATED_TILES  // tests, on CPUs without AMX
 #include EMULATED_TILES

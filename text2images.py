@@ -1356,6 +1356,7 @@ def kernels_are_exact(device: str) -> bool:
 # ---------------------------------------------------------------- long attention in bf16
 
 ATTENTION_SOURCE = Path(__file__).with_name("amx_attention.cpp")
+ATTENTION_FLAGS = {"avx512_bf16", "avx512vbmi"}  # what amx_attention.cpp needs of a CPU; it uses amx_bf16, too
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of a head: those of SD 1.x, 2.x and SDXL
 LONG_ATTENTION = 1024  # queries; with fewer, a step takes as long with OpenVINO's own attention
 
@@ -1426,7 +1427,7 @@ def load_attention() -> ctypes.CDLL:
         OSError, subprocess.SubprocessError: it cannot be built or loaded here, or what it computes is wrong.
     """
     in_bf16 = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if not in_bf16 or not {"avx512_bf16", "avx512vbmi"} <= set(cpu_flags()):
+    if not in_bf16 or not ATTENTION_FLAGS.issubset(cpu_flags()):
         raise OSError("this is no CPU with AMX or AVX512-BF16 and AVX512-VBMI under Linux")
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:

@@ -22,7 +22,7 @@ from conftest import ROOT
 
 COMPILER = shutil.which(os.environ.get("CXX") or "c++")
 needs_attention = pytest.mark.skipif(
-    COMPILER is None or not {"avx512_bf16", "avx512vbmi"} <= set(text2images.cpu_flags()),
+    COMPILER is None or not text2images.ATTENTION_FLAGS.issubset(text2images.cpu_flags()),
     reason="no C++ compiler, or no AVX512-BF16 and AVX512-VBMI",
 )
 
@@ -210,7 +210,7 @@ def test_without_it_attention_is_openvinos_own_and_one_line_says_why(
             return capabilities
 
     monkeypatch.setattr(text2images, "openvino_core", lambda: Core())
-    monkeypatch.setattr(text2images, "cpu_flags", lambda: ["avx512_bf16", "avx512vbmi"])
+    monkeypatch.setattr(text2images, "cpu_flags", lambda: [*text2images.ATTENTION_FLAGS])
     compiler = tmp_path / "compiler"
     compiler.write_text(
         "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'amx_attention.cpp:1: no such thing' >&2\nexit 1\n"
