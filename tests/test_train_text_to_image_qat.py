@@ -188,7 +188,7 @@ class OnCpu:
         return torch.autocast("cpu", torch.bfloat16)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_fake_quantization_has_the_bits_of_the_written_one() -> None:
     """But for the gradients of steps, sums of which the compiler chooses the order."""
     generator = torch.Generator().manual_seed(0)
