@@ -2060,18 +2060,16 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 class Fused:
-    """A function of tensors that runs eagerly or, where `enabled`, compiled to one pass over memory.
+    """A function of tensors that runs eagerly, or compiled to one pass over memory.
 
     It is compiled once for all sizes, and once for each number of dimensions.
     """
 
-    enabled = False
-
     def __init__(self, function: Callable) -> None:
         self.eager, self.compiled = function, torch.compile(function, dynamic=True)
 
-    def __call__(self, *arguments: Any) -> Any:
-        return (self.compiled if Fused.enabled else self.eager)(*arguments)
+    def __call__(self, *arguments: Any, compiled: bool) -> Any:
+        return (self.compiled if compiled else self.eager)(*arguments)
 
 
 @Fused
@@ -2122,15 +2120,16 @@ class FakeQuantizeWeight(torch.autograd.Function):
     """Quantize and dequantize; the gradient passes straight through (arXiv 1308.3432), as nothing clips."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, smoothing: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, weight: torch.Tensor, smoothing: torch.Tensor, compiled: bool = False) -> torch.Tensor:
         channels_last = weight.movedim(1, -1)  # the order of memory, for most
         rows = channels_last.flatten(1).contiguous().data
         smoothing = smoothing.repeat(channels_last.shape[1:-1].numel())
-        return fake_quantize_weight(rows, smoothing, compute_dtype(weight)).view(channels_last.shape).movedim(-1, 1)
+        rows = fake_quantize_weight(rows, smoothing, compute_dtype(weight), compiled=compiled)
+        return rows.view(channels_last.shape).movedim(-1, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad, None, None
 
 
 def straight_through(
@@ -2163,19 +2162,21 @@ class FakeQuantizeActivation(torch.autograd.Function):
         log_smoothing: torch.Tensor,
         log_scale: torch.Tensor,
         zero_point: torch.Tensor,
+        compiled: bool = False,
     ) -> torch.Tensor:
-        ctx.channel_dim = channel_dim
+        ctx.channel_dim, ctx.compiled = channel_dim, compiled
         ctx.save_for_backward(x, log_smoothing, log_scale, zero_point)
         qparams = log_smoothing.detach().exp(), log_scale.detach().exp(), zero_point
-        return from_rows(fake_quantize_activation(to_rows(x, channel_dim), *qparams, compute_dtype(x)), x, channel_dim)
+        rows = fake_quantize_activation(to_rows(x, channel_dim), *qparams, compute_dtype(x), compiled=compiled)
+        return from_rows(rows, x, channel_dim)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, log_smoothing, log_scale, zero_point = ctx.saved_tensors
         rows, grad_rows = to_rows(x, ctx.channel_dim), to_rows(grad, ctx.channel_dim)
         qparams = log_smoothing.detach().exp(), log_scale.detach().exp(), zero_point
-        grad_rows, grad_steps = lsq_backward(grad_rows, rows, *qparams)
-        return from_rows(grad_rows, x, ctx.channel_dim), None, grad_steps, grad_steps.sum(), None
+        grad_rows, grad_steps = lsq_backward(grad_rows, rows, *qparams, compiled=ctx.compiled)
+        return from_rows(grad_rows, x, ctx.channel_dim), None, grad_steps, grad_steps.sum(), None, None
 
 
 # ---------------------------------------------------------------- fake-int8 layers
@@ -2232,11 +2233,11 @@ class ActivationFakeQuantizer(ActivationObserver):
         self.log_scale.copy_(scale.log())
         self.zero_point.copy_(torch.round(-low / scale).clamp(0, 255))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, compiled: bool = False) -> torch.Tensor:
         """Quantize for the first reader, and keep the result until the last one has it."""
         if self.latest is None or self.latest[0] is not x:
             qparams = self.log_smoothing, self.log_scale, self.zero_point
-            self.latest = x, FakeQuantizeActivation.apply(x, self.channel_dim, *qparams)
+            self.latest = x, FakeQuantizeActivation.apply(x, self.channel_dim, *qparams, compiled)
             self.waiting = self.readers
         quantized, self.waiting = self.latest[1], self.waiting - 1
         if self.waiting == 0:
@@ -2251,6 +2252,7 @@ class FakeInt8:
     """
 
     mode = "float"  # float: compute as before; observe: also widen the input's range; quantize
+    compiled = False  # whether fake quantization runs compiled
 
     def init_from_float(
         self, layer: nn.Linear | nn.Conv2d, channels: int, channel_dim: int, quantize_input: bool
@@ -2266,8 +2268,8 @@ class FakeInt8:
         if self.mode != "quantize":
             return x, self.weight
         if isinstance(self.observer, ActivationFakeQuantizer):
-            x = self.observer(x)
-        return x, FakeQuantizeWeight.apply(self.weight, self.observer.smoothing_scale)
+            x = self.observer(x, self.compiled)
+        return x, FakeQuantizeWeight.apply(self.weight, self.observer.smoothing_scale, self.compiled)
 
 
 class FakeInt8Linear(FakeInt8, nn.Linear):
@@ -2348,10 +2350,10 @@ def activation_quantizers(unet: nn.Module) -> list[ActivationFakeQuantizer]:
     return [observer for observer in layers_by_observer(unet) if isinstance(observer, ActivationFakeQuantizer)]
 
 
-def set_mode(unet: nn.Module, mode: str) -> None:
+def set_mode(unet: nn.Module, mode: str, compiled: bool = False) -> None:
     for layer in unet.modules():
         if isinstance(layer, FakeInt8):
-            layer.mode = mode
+            layer.mode, layer.compiled = mode, compiled
 
 
 # ---------------------------------------------------------------- prepare and convert, by Intel Neural Compressor
@@ -2485,28 +2487,29 @@ def replace_module(unet: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(unet.get_submodule(parent), child, layer)
 
 
-def compile_fake_quantization(student: nn.Module, accelerator: Accelerator) -> None:
+def compile_fake_quantization(student: nn.Module, accelerator: Accelerator) -> bool:
     """Compile fake quantization, for large UNets on CPUs: up to half a minute once, as the result is cached on disk.
 
     It is compiled by a layer of medium size: kernels compiled for small inputs are single-threaded, and are reused for
-    all sizes.
+    all sizes. Returns whether it is compiled.
     """
     size = sum(parameter.numel() for parameter in student.parameters())
     if size < COMPILE_MIN_PARAMS or accelerator.device.type != "cpu":
-        return
-    began, Fused.enabled = time.monotonic(), True
+        return False
+    began = time.monotonic()
     try:
         for quantize_input in (True, False):
             layer = FakeInt8Linear.from_float(nn.Linear(320, 640), quantize_input)
-            layer.mode = "quantize"
+            set_mode(layer, "quantize", compiled=True)
             with accelerator.autocast():
                 x = torch.zeros(4096, 320)
                 output = layer(x.to(compute_dtype(x)).requires_grad_())
             output.sum().backward()
         logger.info(f"compiled the fake quantization in {time.monotonic() - began:.0f} s")
+        return True
     except Exception as error:  # no C++ compiler, no room for its cache, ...
-        Fused.enabled = False
         logger.warning(f"the fake quantization runs uncompiled, which is slower: {first_line(error)}")
+        return False
 
 
 # ---------------------------------------------------------------- watching the run
@@ -3334,8 +3337,7 @@ def main(argv: list[str] | None = None) -> None:
         calibrate(student, pipeline, dataset, accelerator, args)  # activation ranges
     state = TrainState(student)
     if training:
-        set_mode(student, "quantize")
-        compile_fake_quantization(student, accelerator)
+        set_mode(student, "quantize", compiled=compile_fake_quantization(student, accelerator))
         if args.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         state = create_train_state(student, steps, accelerator, args)  # optimizer, schedules, average of the weights

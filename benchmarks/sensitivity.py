@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
@@ -39,7 +40,7 @@ from output import replace, write_json  # noqa: E402
 
 KINDS = {("int8", "uint8"): "int8", ("int8", "fp32"): "int8 weights", ("fp32", "fp32"): "float"}
 INNOCENT = 0.1  # a layer in float keeps its weights in int8 where they cause less than this share of its error
-SHOWN = 40  # layers in the picture; the others share one bar
+SHOWN = 40  # layers in the chart; the others share one bar
 COLOURS = {"input": "#d95f02", "weights": "#4477aa"}
 
 
@@ -49,21 +50,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained_model_name_or_path", default=str(ROOT / "demo/tiny-stable-diffusion"))
     add("--train_data_dir", type=Path, default=ROOT / "demo/scenes", help="whose images calibrate; made by make demo")
     add("--captions_file", type=Path, default=ROOT / "demo/captions.txt", help="captions to generate")
-    add("--resolution", type=int, default=64, help="edge of the pictures in pixels")
-    add("--starts", type=int, default=4, help="images, each of another caption [%(default)s]")
+    add("--resolution", type=int, default=64, help="edge of the images in pixels")
+    add("--images_num", type=int, default=4, help="images, each of another caption [%(default)s]")
     add("--timesteps", type=int, default=10, help="steps of each that are looked at [%(default)s]")
-    add("--num_inference_steps", type=int, default=50, help="steps that a picture takes [%(default)s]")
+    add("--num_inference_steps", type=int, default=50, help="steps that an image takes [%(default)s]")
     add("--guidance_scale", type=float, default=7.5, help="[%(default)s]")
     text = "percent of the multiply-accumulates to compute in float: also write the recipe OUTPUT_float_P.json"
     add("--float_budget", type=float, metavar="P", help=text)
-    add("--output", type=Path, required=True, help="the JSON to write; the picture gets the same name")
+    add("--output", type=Path, required=True, help="the JSON to write; the chart gets the same name")
     args = parser.parse_args(argv)
     if not (args.train_data_dir / "metadata.jsonl").is_file():
         parser.error(
             f"--train_data_dir {args.train_data_dir} has no metadata.jsonl: run make demo, or create_metadata.py"
         )
-    if min(args.starts, args.timesteps) < 1 or args.timesteps > args.num_inference_steps:
-        parser.error("--starts and --timesteps must be at least 1, --timesteps at most --num_inference_steps")
+    if min(args.images_num, args.timesteps) < 1 or args.timesteps > args.num_inference_steps:
+        parser.error("--images_num and --timesteps must be at least 1, --timesteps at most --num_inference_steps")
     if args.float_budget is not None and not 0 < args.float_budget < 100:
         parser.error("--float_budget is a percentage: give a number between 0 and 100")
     return args
@@ -76,15 +77,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def trajectory(pipeline: trainer.Pipeline, args: argparse.Namespace) -> list[tuple[torch.Tensor, ...]]:
     """(noisy_latents [2B, 4, H/8, W/8], timestep, encoder_hidden_states [2B, 77, D]) at evenly spread steps."""
     captions = [line for line in args.captions_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    captions = [captions[start * len(captions) // args.starts] for start in range(args.starts)]
+    captions = [captions[number * len(captions) // args.images_num] for number in range(args.images_num)]
     (tokenizer,), (text_encoder,) = pipeline.tokenizers, pipeline.text_encoders
     words = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-    input_ids = tokenizer([""] * args.starts + captions, return_tensors="pt", **words).input_ids
+    input_ids = tokenizer([""] * args.images_num + captions, return_tensors="pt", **words).input_ids
     encoder_hidden_states = text_encoder(input_ids)[0]
     scheduler = DDIMScheduler.from_config(pipeline.noise_scheduler.config)
     scheduler.set_timesteps(args.num_inference_steps)
     edge = args.resolution // 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    shape = (args.starts, pipeline.unet.config.in_channels, edge, edge)
+    shape = (args.images_num, pipeline.unet.config.in_channels, edge, edge)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     chosen = {int((number + 0.5) * args.num_inference_steps / args.timesteps) for number in range(args.timesteps)}
     inputs = []
@@ -155,11 +156,11 @@ class InputOnly(nn.Module):
 
     def __init__(self, fake: trainer.FakeInt8Linear | trainer.FakeInt8Conv2d) -> None:
         super().__init__()
-        self.fake = copy.copy(fake)
-        self.fake.quantized = lambda x: (fake.observer(x), fake.weight)
+        self.fake = fake
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fake(x)
+        inputs = self.fake.observer(x), self.fake.weight, self.fake.bias
+        return F.linear(*inputs) if isinstance(self.fake, nn.Linear) else self.fake._conv_forward(*inputs)
 
 
 def kinds(config: trainer.Int8Config, unet: nn.Module) -> dict[str, str]:
@@ -205,7 +206,7 @@ def measure(args: argparse.Namespace) -> dict:
         for name, sums in errors.items()
     ]
     rows.sort(key=lambda row: -row["int8"]["guided"])
-    keys = ("starts", "timesteps", "num_inference_steps", "guidance_scale", "resolution")
+    keys = ("images_num", "timesteps", "num_inference_steps", "guidance_scale", "resolution")
     model = Path(args.pretrained_model_name_or_path).name
     return {"model": model, **{key: getattr(args, key) for key in keys}, "all_layers": means(totals), "layers": rows}
 
@@ -273,17 +274,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     report = measure(args)
     print_table(report)
-    picture = args.output.with_suffix(".png")
+    image = args.output.with_suffix(".png")
     write_json(report, args.output)
-    files = [args.output, picture]
+    files = [args.output, image]
     if args.float_budget is not None:
         recipe = args.output.with_name(f"{args.output.stem}_float_{args.float_budget:g}.json")
         replace(recipe, spend(report["layers"], args.float_budget).to_dict())
         files.insert(1, recipe)
         print(f"next: python train_text_to_image_qat.py --quantization_config {recipe} ...")
-    partial = picture.with_name(picture.name + ".partial")
+    partial = image.with_name(image.name + ".partial")
     chart(report).save(partial, format="PNG", optimize=True)
-    os.replace(partial, picture)
+    os.replace(partial, image)
     print(*files, sep=", ")
 
 

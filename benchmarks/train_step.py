@@ -52,7 +52,7 @@ PLAIN, BASE, EAGER, OURS, ORIGINAL = (
     "ours, QAT + KD",
     "original recipe's modules + KD, fp32",
 )
-ENCODING = "encoding of pictures and captions, which --cache_latents saves"
+ENCODING = "encoding of images and captions, which --cache_latents saves"
 VARIANTS = [PLAIN, BASE, EAGER, OURS, ORIGINAL]
 
 
@@ -74,12 +74,10 @@ class Variant:
     student: UNet2DConditionModel
     teacher: UNet2DConditionModel | None
     cpu: Cpu
-    fused: bool = False
 
     def forward_backward(self, inputs: tuple[torch.Tensor, ...]) -> dict[str, float]:
         """Seconds of each part of one step; leaves gradients behind."""
         output, marks = torch.zeros_like(inputs[0]), [time.perf_counter()]
-        trainer.Fused.enabled = self.fused
         if self.teacher is not None:
             with torch.no_grad(), self.cpu.autocast():
                 output = self.teacher(*inputs).sample.float()
@@ -151,10 +149,7 @@ def make_variants(names: list[str], args: argparse.Namespace, own_teacher: bool)
     for name in names:
         variant = Variant(name, twin(unet), None if name == PLAIN else teacher, cpu)
         if name in (OURS, EAGER):
-            variant.student = quantized(variant.student, cpu)
-        if name == OURS:
-            trainer.compile_fake_quantization(variant.student, cpu)  # does nothing for small UNets
-            variant.fused = trainer.Fused.enabled
+            variant.student = quantized(variant.student, cpu, may_compile=name == OURS)
         if name == ORIGINAL:
             publish(variant.student)
             variant.teacher = copy.deepcopy(unet).requires_grad_(False) if own_teacher else twin(unet)
@@ -165,15 +160,16 @@ def make_variants(names: list[str], args: argparse.Namespace, own_teacher: bool)
     return variants
 
 
-def quantized(student: UNet2DConditionModel, cpu: Cpu) -> nn.Module:
-    """The default recipe, with ranges from a single pass; the channel factors, which do not change the time, stay 1."""
+def quantized(student: UNet2DConditionModel, cpu: Cpu, may_compile: bool) -> nn.Module:
+    """The default recipe, with ranges from a single pass; smoothing scales, which do not change the time, stay 1."""
     student = trainer.prepare(student, trainer.quantization_config(trainer_flags(), student))
     trainer.set_mode(student, "observe")
     with torch.no_grad(), cpu.autocast():
         student(*make_inputs(student, 1, 16))
     for quantizer in trainer.activation_quantizers(student):
         quantizer.compute_qparams()
-    trainer.set_mode(student, "quantize")
+    compiled = may_compile and trainer.compile_fake_quantization(student, cpu)  # not for small UNets
+    trainer.set_mode(student, "quantize", compiled)
     return student.train()
 
 
@@ -244,7 +240,7 @@ def timed(names: list[str], args: argparse.Namespace) -> tuple[dict[str, list[di
 
 
 def encoding(args: argparse.Namespace) -> list[float]:
-    """Seconds in which VAE and text encoder encode a step's pictures and captions; bf16 autocast, as in training."""
+    """Seconds in which VAE and text encoder encode a step's images and captions; bf16 autocast, as in training."""
     if args.unet is not None:
         vae = AutoencoderKL.from_pretrained(args.unet.parent, subfolder="vae")
         text_encoder = CLIPTextModel.from_pretrained(args.unet.parent, subfolder="text_encoder")

@@ -37,6 +37,18 @@ def test_replay_gives_what_a_whole_run_with_the_changed_layer_gives() -> None:
     assert replay.before["conv_in"] == 0 and replay.before["conv_out"] == len(replay.done) > 5  # something is saved
 
 
+@torch.no_grad()
+def test_a_layer_whose_input_alone_is_quantized_keeps_its_weights() -> None:
+    for layer, x in ((torch.nn.Linear(6, 5), torch.randn(3, 6)), (torch.nn.Conv2d(6, 5, 3), torch.randn(2, 6, 4, 4))):
+        fake = trainer.FAKE_INT8[type(layer).__name__].from_float(layer, quantize_input=True)
+        fake.observer.observe(x)
+        fake.observer.compute_qparams()
+        trainer.set_mode(fake, "quantize")
+        quantized = sensitivity.InputOnly(fake)(x)
+        assert torch.equal(quantized, layer(fake.observer(x)))
+        assert not torch.equal(quantized, layer(x)) and not torch.equal(quantized, fake(x))
+
+
 def test_guidance_cancels_what_its_branches_have_in_common() -> None:
     expected = torch.tensor([1.0, 1.0, 3.0, 3.0])
     alike, unlike = torch.tensor([0.1, 0.1, 0.1, 0.1]), torch.tensor([-0.1, -0.1, 0.1, 0.1])
@@ -68,7 +80,8 @@ def test_report_and_recipe(model_dir: Path, data_dir: Path, train, tmp_path: Pat
     captions.write_text("a picture\n\nanother picture\na third\n")
     what = ["--pretrained_model_name_or_path", str(model_dir), "--train_data_dir", str(data_dir)]
     what += ["--captions_file", str(captions), "--resolution", str(SIZE), "--output", str(output)]
-    sensitivity.main([*what, "--starts", "2", "--timesteps", "1", "--num_inference_steps", "4", "--float_budget", "9"])
+    what += ["--images_num", "2", "--timesteps", "1", "--num_inference_steps", "4", "--float_budget", "9"]
+    sensitivity.main(what)
     report = json.loads(output.read_text())
     rows = {row["layer"]: row for row in report["layers"]}
     errors = [row["int8"]["guided"] for row in report["layers"]]

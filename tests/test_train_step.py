@@ -16,11 +16,6 @@ from conftest import ROOT
 FLAGS = ["--unet", str(ROOT / "demo/tiny-stable-diffusion/unet"), "--edge", "8", "--gradient_checkpointing"]
 
 
-@pytest.fixture(autouse=True)
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_step.trainer.Fused, "enabled", False)
-
-
 def test_rows_of_another_setting_stay_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "train_step.json"
     for batch in ("1", "2", "1"):

@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -138,21 +139,22 @@ def test_gradient_checkpointing_changes_neither_output_nor_gradients() -> None:
 
 def test_one_input_is_quantized_once_for_all_layers_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same outputs and ranges, and the same gradients but for the order of a sum, as each by itself."""
-    results, calls = [], []
-    rounded = trainer.fake_quantize_activation
-    monkeypatch.setattr(trainer, "fake_quantize_activation", lambda *arguments: calls.append(1) or rounded(*arguments))
+    results = []
+    counting = mock.Mock(side_effect=trainer.fake_quantize_activation)
+    monkeypatch.setattr(trainer, "fake_quantize_activation", counting)
     for readers in (3, 1):
         unet = calibrated_unet()
         attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
         assert attention.to_q.observer.readers == 3
         attention.to_q.observer.readers = readers
-        calls.clear()
+        counting.reset_mock()
         x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
         sum(
             (k + 1) * layer(x).sum() for k, layer in enumerate((attention.to_q, attention.to_k, attention.to_v))
         ).backward()
         grid = attention.to_q.observer
-        results.append((len(calls), x.grad, grid.log_scale.grad, grid.log_smoothing.grad, attention.to_k.weight.grad))
+        gradients = x.grad, grid.log_scale.grad, grid.log_smoothing.grad, attention.to_k.weight.grad
+        results.append((counting.call_count, *gradients))
         assert attention.to_q.observer.latest is None  # nothing is kept in memory
     (once, *shared), (thrice, *alone) = results
     assert (once, thrice) == (1, 3)
@@ -217,34 +219,33 @@ def test_fake_quantization_runs_uncompiled_where_it_does_not_pay_or_cannot_be_co
     def no_compiler(*arguments: torch.Tensor) -> None:
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(trainer.Fused, "enabled", False)
     monkeypatch.setattr(trainer.fake_quantize_activation, "compiled", no_compiler)
-    trainer.compile_fake_quantization(nn.Linear(2, 2), OnCpu())
-    assert not trainer.Fused.enabled and not caplog.records
+    assert not trainer.compile_fake_quantization(nn.Linear(2, 2), OnCpu()) and not caplog.records
     monkeypatch.setattr(trainer, "COMPILE_MIN_PARAMS", 1)
-    trainer.compile_fake_quantization(nn.Linear(2, 2), OnCpu())
-    assert not trainer.Fused.enabled and "uncompiled, which is slower: no C++ compiler" in caplog.text
+    assert not trainer.compile_fake_quantization(nn.Linear(2, 2), OnCpu())
+    assert "uncompiled, which is slower: no C++ compiler" in caplog.text
 
 
 @pytest.mark.full
 def test_compiled_training_follows_uncompiled_training_and_resumes_to_the_same_bits(
-    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The bundled model: the mean loss of 20 steps to a thousandth."""
-    monkeypatch.setattr(trainer.Fused, "enabled", False)
-    losses, note = [], trainer.RunMonitor.update
-    monkeypatch.setattr(
-        trainer.RunMonitor,
-        "update",
-        lambda watch, parts, bad: losses.append(parts["loss"].item()) or note(watch, parts, bad),
-    )
+    losses, compute = [], trainer.compute_losses
+
+    def noting(*arguments) -> dict[str, torch.Tensor]:
+        computed = compute(*arguments)
+        losses.append(computed["loss"].item())
+        return computed
+
+    monkeypatch.setattr(trainer, "compute_losses", noting)
     flags = ["--max_train_steps", "20", "--mixed_precision", "bf16", "--checkpointing_steps", "19", "--use_ema"]
-    flags += ["--bias_learning_rate", "1e-6"]  # gently: bold steps magnify the rounding of sums
+    flags += ["--bias_learning_rate", "1e-6", "--quantizer_learning_rate", "1e-4"]  # bold steps magnify rounding
     with training_in_process(ROOT / "demo/tiny-stable-diffusion", data_dir) as run:
         run(tmp_path / "written", *flags)
         monkeypatch.setattr(trainer, "COMPILE_MIN_PARAMS", 1)
         whole = run(tmp_path / "compiled", *flags)
-        assert trainer.Fused.enabled
+        assert "compiled the fake quantization" in caplog.text
         resumed = run(tmp_path / "compiled", *flags, "--resume_from_checkpoint", "latest")
     written, compiled = (torch.tensor(losses[start : start + 20]) for start in (0, 20))
     print(f"losses, written {written.tolist()}, compiled {compiled.tolist()}")
