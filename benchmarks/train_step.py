@@ -152,6 +152,8 @@ def make_variants(names: list[str], args: argparse.Namespace, own_teacher: bool)
             variant.student = quantized(variant.student, cpu, may_compile=name == OURS)
         if name == ORIGINAL:
             publish(variant.student)
+            with torch.no_grad():  # its observers have no sizes before
+                variant.student(*make_inputs(unet, 1, 16))
             variant.teacher = copy.deepcopy(unet).requires_grad_(False) if own_teacher else twin(unet)
             variant.cpu = Cpu("no")
         if args.gradient_checkpointing:
