@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 # Importing these libraries on a CPU prints notices about GPU parts that are not there.
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
@@ -970,6 +971,8 @@ def build_int8_unet(
         else:
             for key, parameter in module.named_parameters(recurse=False):
                 setattr(module, key, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    for last in filter(None, (unet.conv_norm_out, unet.conv_out)):  # in fp32: guidance multiplies their rounding errors
+        last.float().register_forward_pre_hook(lambda layer, inputs: inputs[0].float())
     return unet.eval()
 
 
@@ -1044,7 +1047,7 @@ class Int8Layer(nn.Module):
 # ---------------------------------------------------------------- the int8 UNet in OpenVINO
 
 DEVICE_PROPERTIES = "FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"
-GRAPH_VERSION = 3  # to be raised with every change of the graph that is made or compiled: older files are made anew
+GRAPH_VERSION = 4  # to be raised with every change of the graph that is made or compiled: older files are made anew
 
 
 def import_openvino() -> Any:
@@ -1111,6 +1114,9 @@ def unet_to_openvino(unet: UNet2DConditionModel) -> Any:
     examples["encoder_hidden_states"] = torch.randn(2, 77, sizes["encoder_hidden_states"][2])
     examples |= {name: torch.randn(2, sizes[name][1]) for name in more}
 
+    if isinstance(unet.conv_norm_out, nn.GroupNorm):
+        unet.conv_norm_out = DividedGroupNorm(unet.conv_norm_out)
+
     def predict(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         named = dict(zip(more, rest))
         cond = named.pop("timestep_cond", None)
@@ -1119,6 +1125,41 @@ def unet_to_openvino(unet: UNet2DConditionModel) -> Any:
     model = trace(predict, examples, sizes, "out_sample")
     store_as_fp16(model)
     return model
+
+
+class DividedGroupNorm(nn.Module):
+    """A GroupNorm in parts, each of which OpenVINO can be told to compute in fp32."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        groups = F.instance_norm(x.reshape(x.shape[0], self.norm.num_groups, -1), eps=self.norm.eps)
+        weight, bias = self.norm.weight.view(-1, 1, 1), self.norm.bias.view(-1, 1, 1)
+        return groups.reshape(x.shape) * weight + bias
+
+
+def save_openvino_unet(model: Any, path: Path) -> None:
+    """Write the model with a mark at its last layers, which makes OpenVINO compute them in fp32 in a model in bf16.
+
+    They are conv_norm_out, its activation, conv_out, and the addition before them. OpenVINO 2026.4 has the mark in its
+    files, but not in Python.
+    """
+    import_openvino().save_model(model, path, compress_to_fp16=False)
+    last, node = [], model.get_results()[0].input_value(0).get_node()
+    while node.get_type_name() not in ("MVN", "FakeQuantize", "Parameter"):  # the second where conv_out is int8
+        last, node = [*last, node], node.input_value(0).get_node()
+    if node.get_type_name() == "MVN":
+        groups = node.input_value(0).get_node()
+        last += [node, groups, groups.input_value(0).get_node()]
+        xml, names = ElementTree.parse(path), {node.get_friendly_name() for node in last}
+        for layer in xml.iter("layer"):
+            if layer.get("name") in names:
+                info = layer.find("rt_info")
+                info = ElementTree.SubElement(layer, "rt_info") if info is None else info
+                ElementTree.SubElement(info, "attribute", name="precise", version="0", value="dynamic:dynamic")
+        xml.write(path)
 
 
 def store_as_fp16(model: Any) -> None:
@@ -1259,8 +1300,9 @@ class OpenVINOUNet(UNet2DConditionModel):
         self.shapes, self.compiled = shapes, []  # frees the memory of the one before
         file = quant_model_file(self.args.quantized_model_name_or_path)
         pixels = math.prod(shapes[0][2:])
-        may_be_long = self.settings.get("INFERENCE_PRECISION_HINT") == "bf16" and pixels >= LONG_ATTENTION
-        long_attention = long_attention_operation() if may_be_long else None
+        precision = self.settings.get("INFERENCE_PRECISION_HINT") if self.args.device == "CPU" else None
+        may_be_long = precision is not None and pixels >= LONG_ATTENTION
+        long_attention = long_attention_operation(precision) if may_be_long else None
 
         def write(folder: Path) -> None:
             logger.info(f"compiling for {shapes[0]} latents: this is done once for each size and batch")
@@ -1269,7 +1311,7 @@ class OpenVINOUNet(UNet2DConditionModel):
             if not self.quantize_inputs:
                 leave_inputs_in_float(model)
             if long_attention is not None:
-                replace_long_attention(model, long_attention)
+                replace_long_attention(model, long_attention, precision)
             compiled = self.core.compile_model(model, self.args.device, self.settings)
             (folder / "unet.blob").write_bytes(compiled.export_model().getbuffer())
 
@@ -1295,7 +1337,7 @@ class OpenVINOUNet(UNet2DConditionModel):
                 raise UsageError(f"-qm {file}: the file was replaced while it was in use; start again")
             paired = pairs_guidance(payload["unet_config"], self.args)
             unet = build_int8_unet(payload, torch.float32, torch.device("cpu"), paired)
-            import_openvino().save_model(unet_to_openvino(unet), folder / "unet.xml", compress_to_fp16=False)
+            save_openvino_unet(unet_to_openvino(unet), folder / "unet.xml")
 
         return cached(file, self.name, write) / "unet.xml"
 
@@ -1353,18 +1395,19 @@ def kernels_are_exact(device: str) -> bool:
     return True
 
 
-# ---------------------------------------------------------------- long attention in bf16
+# ---------------------------------------------------------------- long attention
 
 ATTENTION_SOURCE = Path(__file__).with_name("amx_attention.cpp")
-ATTENTION_FLAGS = {"avx512_bf16", "avx512vbmi"}  # what amx_attention.cpp needs of a CPU; it uses amx_bf16, too
+# What amx_attention.cpp needs of a CPU, by OpenVINO's names of what it computes in; for bf16 it uses amx_bf16, too.
+ATTENTION_FLAGS = {"bf16": {"avx512_bf16", "avx512vbmi"}, "f32": {"avx512f"}}
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of a head: those of SD 1.x, 2.x and SDXL
 LONG_ATTENTION = 1024  # queries; with fewer, a step takes as long with OpenVINO's own attention
 
 
-def replace_long_attention(model: Any, operation: type) -> None:
+def replace_long_attention(model: Any, operation: type, precision: str) -> None:
     """Have amx_attention.cpp compute attention, self or cross, of many queries in a model whose sizes are fixed.
 
-    It takes [B, L, heads, D] in bf16 as it is, where OpenVINO's own has q, k, v and its output transposed.
+    It takes [B, L, heads, D] in this precision, bf16 or f32, as it is, where OpenVINO's own has all four transposed.
     """
     ops = import_openvino().opset13
     for node in model.get_ordered_ops():
@@ -1376,7 +1419,7 @@ def replace_long_attention(model: Any, operation: type) -> None:
         if queries < LONG_ATTENTION or width not in ATTENTION_WIDTHS:
             continue
         if all(other.get_type_name() == "Transpose" for other in transposed + readers):
-            inputs = [ops.convert(other.input_value(0), "bf16") for other in transposed]
+            inputs = [ops.convert(other.input_value(0), precision) for other in transposed]
             attention = ops.convert(operation(inputs), "f32")
             for reader in readers:
                 reader.output(0).replace(attention.output(0))
@@ -1384,10 +1427,10 @@ def replace_long_attention(model: Any, operation: type) -> None:
 
 
 @functools.cache
-def long_attention_operation() -> type | None:
+def long_attention_operation(precision: str) -> type | None:
     """OpenVINO's operation that calls amx_attention.cpp; None where that cannot be used, and the log says why."""
     try:
-        library = load_attention()
+        library = load_attention(precision)
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
         logger.info(f"attention by OpenVINO's own kernel, not by amx_attention.cpp: {reason}")
@@ -1418,7 +1461,7 @@ def long_attention_operation() -> type | None:
     return LongAttention
 
 
-def load_attention() -> ctypes.CDLL:
+def load_attention(precision: str) -> ctypes.CDLL:
     """amx_attention.cpp, built for this CPU by the C++ compiler that is there, once for each version of all these.
 
     It is kept in the user's cache folder alone: it is code, and the folder of a quant_model.pt may be somebody else's.
@@ -1427,8 +1470,10 @@ def load_attention() -> ctypes.CDLL:
         OSError, subprocess.SubprocessError: it cannot be built or loaded here, or what it computes is wrong.
     """
     in_bf16 = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if not in_bf16 or not ATTENTION_FLAGS.issubset(cpu_flags()):
-        raise OSError("this is no CPU with AMX or AVX512-BF16 and AVX512-VBMI under Linux")
+    imitated = re.match("SSE|AVX(2|$)", os.environ.get("ONEDNN_MAX_CPU_ISA", ""), re.IGNORECASE)  # has no AVX-512
+    if imitated or precision == "bf16" and not in_bf16 or not ATTENTION_FLAGS[precision].issubset(cpu_flags()):
+        needed = {"bf16": "AVX512-BF16 and AVX512-VBMI", "f32": "AVX-512"}[precision]
+        raise OSError(f"this is no CPU with {needed} under Linux")
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         raise OSError("there is no C++ compiler")
@@ -1442,7 +1487,7 @@ def load_attention() -> ctypes.CDLL:
     if folder.stat().st_uid != os.getuid():
         raise OSError(f"{folder} is another user's")
     library = ctypes.CDLL(str(folder / "attention.so"))
-    if not attention_is_right(library):
+    if not attention_is_right(library, precision):
         raise OSError("on this CPU, it computes something else")
     return library
 
@@ -1477,16 +1522,20 @@ def attend(library: ctypes.CDLL, q: np.ndarray, k: np.ndarray, v: np.ndarray, ou
         raise OSError(f"the system gives no tile registers, or heads of width {width} are not in it")
 
 
-def attention_is_right(library: ctypes.CDLL) -> bool:
+def attention_is_right(library: ctypes.CDLL, precision: str) -> bool:
     """Whether it computes softmax attention, for weights that are nearly equal, and for some that are nearly 1."""
     generator = torch.Generator().manual_seed(0)
+    dtype, same_size, limit = {
+        "bf16": (torch.bfloat16, torch.int16, 0.05),
+        "f32": (torch.float32, torch.float32, 1e-4),
+    }[precision]
     for width, size in itertools.product(ATTENTION_WIDTHS, (1, 20)):
         inputs = [torch.randn(2, length, 2, width, generator=generator) for length in (35, 300, 300)]
-        inputs = [(tensor * factor).bfloat16() for tensor, factor in zip(inputs, (size, 1, 1))]
+        inputs = [(tensor * factor).to(dtype) for tensor, factor in zip(inputs, (size, 1, 1))]
         output = torch.empty_like(inputs[0])
-        attend(library, *(tensor.view(torch.int16).numpy() for tensor in [*inputs, output]))
+        attend(library, *(tensor.view(same_size).numpy() for tensor in [*inputs, output]))
         exact = F.scaled_dot_product_attention(*(tensor.double().transpose(1, 2) for tensor in inputs)).transpose(1, 2)
-        if not torch.linalg.norm(output - exact) <= 0.05 * torch.linalg.norm(exact):
+        if not torch.linalg.norm(output - exact) <= limit * torch.linalg.norm(exact):
             return False
     return True
 
@@ -1527,7 +1576,7 @@ def load_pipeline(args: argparse.Namespace) -> Pipeline:
     pipeline.unet.register_to_config(sample_size=size_made_for(unet_config))  # int8 and fp32 alike
     if not isinstance(pipeline.unet, OpenVINOUNet):
         # The sampler works in fp32 whatever the UNet computes in: its many small steps would lose bits in bf16.
-        pipeline.unet.register_forward_pre_hook(to_unet_dtype, with_kwargs=True)
+        pipeline.unet.register_forward_pre_hook(functools.partial(inputs_to, dtype), with_kwargs=True)
         pipeline.unet.register_forward_hook(lambda unet, args, output: tuple(value.float() for value in output))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
@@ -1582,9 +1631,7 @@ def check_loras(trained_with: Any, loras: list[dict[str, Any]]) -> None:
     logger.info(f"the int8 UNet holds the LoRA {flags}")
 
 
-def to_unet_dtype(unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    dtype = unet.conv_norm_out.weight.dtype  # never int8, as conv_in may be
-
+def inputs_to(dtype: torch.dtype, unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     def cast(value: Any) -> Any:
         return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
 

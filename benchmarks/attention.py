@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Attention by amx_attention.cpp, by PyTorch and by OpenVINO in bf16, interleaved: time, and error to fp64.
+"""Attention by amx_attention.cpp, by PyTorch and by OpenVINO, in bf16 and fp32, interleaved: time, and error to fp64.
 
 The sizes are those of SD v1.5 and SDXL at their training resolutions, batch 2 as with guidance; a caption has 77 keys.
 "seconds" is the median, "limit_seconds" what the kernel's products and exponentials take when all they need is in the
@@ -38,40 +38,44 @@ Size = tuple[int, int, int, int]  # heads, queries, keys, width of a head
 SIZES: list[Size] = [(8, 4096, 4096, 40), (8, 1024, 1024, 80), (8, 256, 256, 160)]  # SD v1.5
 SIZES += [(8, 4096, 77, 40), (8, 1024, 77, 80), (10, 4096, 4096, 64), (20, 1024, 1024, 64)]
 BATCH = 2
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v: [B, L, heads, D]
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v: [B, L, heads, D], in the dtype to compute in
+PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "f32"}  # as OpenVINO names them
+INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # of the same size, as NumPy has no bf16
 
 
 def by_pytorch(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    rounded = [tensor.bfloat16().transpose(1, 2) for tensor in inputs]
-    return lambda: F.scaled_dot_product_attention(*rounded).transpose(1, 2)
+    transposed = [tensor.transpose(1, 2) for tensor in inputs]
+    return lambda: F.scaled_dot_product_attention(*transposed).transpose(1, 2)
 
 
 def by_openvino(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """Its fused attention, inputs and output in bf16, as inside of a UNet."""
-    ov = text2images.import_openvino()
-    ops, order = ov.opset13, np.array([0, 2, 1, 3])
-    parameters = [ops.parameter(list(tensor.shape), ov.Type.bf16) for tensor in inputs]
+    """Its fused attention, as inside of a UNet."""
+    ov, dtype = text2images.import_openvino(), inputs[0].dtype
+    ops, order, kind = ov.opset13, np.array([0, 2, 1, 3]), getattr(ov.Type, PRECISIONS[dtype])
+    parameters = [ops.parameter(list(tensor.shape), kind) for tensor in inputs]
     transposed = [ops.transpose(parameter, ops.constant(order)) for parameter in parameters]
     output = ops.transpose(ops.scaled_dot_product_attention(*transposed, causal=False), ops.constant(order))
-    given = text2images.parse_args(["-m", "given", "-c", "given", "-qm", "given", "--dtype", "bfloat16"])
-    model, settings = ov.Model([output], parameters), text2images.openvino_settings(given)
+    flags = ["-m", "given", "-c", "given", "-qm", "given", "--dtype", str(dtype).removeprefix("torch.")]
+    model, settings = ov.Model([output], parameters), text2images.openvino_settings(text2images.parse_args(flags))
     request = text2images.openvino_core().compile_model(model, "CPU", settings).create_infer_request()
-    tensors = [ov.Tensor(ov.Type.bf16, ov.Shape(list(tensor.shape))) for tensor in inputs]
+    tensors = [ov.Tensor(kind, ov.Shape(list(tensor.shape))) for tensor in inputs]
     for number, (tensor, source) in enumerate(zip(tensors, inputs)):
-        tensor.data.view(np.int16)[...] = source.bfloat16().view(torch.int16).numpy()
+        integers = source.view(INTEGERS[dtype]).numpy()
+        tensor.data.view(integers.dtype)[...] = integers
         request.set_input_tensor(number, tensor)
 
     def run() -> torch.Tensor:
         request.infer()
-        return torch.from_numpy(request.get_output_tensor(0).data.view(np.int16)).view(torch.bfloat16)
+        found = request.get_output_tensor(0).data.view({2: np.int16, 4: np.int32}[dtype.itemsize])
+        return torch.from_numpy(found).view(dtype)
 
     return run
 
 
 def by_kernel(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """Inputs and output in bf16, as OpenVINO calls it."""
-    library, output = text2images.load_attention(), torch.empty_like(inputs[0], dtype=torch.bfloat16)
-    arrays = [tensor.bfloat16().view(torch.int16).numpy() for tensor in (*inputs, output)]
+    dtype = inputs[0].dtype
+    library, output = text2images.load_attention(PRECISIONS[dtype]), torch.empty_like(inputs[0])
+    arrays = [tensor.view(dtype if dtype == torch.float32 else torch.int16).numpy() for tensor in (*inputs, output)]
 
     def run() -> torch.Tensor:
         text2images.attend(library, *arrays)
@@ -83,13 +87,16 @@ def by_kernel(inputs: Inputs) -> Callable[[], torch.Tensor]:
 VARIANTS = {"amx_attention.cpp": by_kernel, "PyTorch": by_pytorch, "OpenVINO": by_openvino}
 
 
-def measure(size: Size, threads: int, rounds: int, limit: Callable[[Size], float]) -> list[dict[str, Any]]:
+def measure(
+    size: Size, dtype: torch.dtype, threads: int, rounds: int, limit: Callable[[Size, torch.dtype], float]
+) -> list[dict[str, Any]]:
     """A row for each variant."""
     heads, queries, keys, width = size
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(torch.randn(BATCH, length, heads, width, generator=generator) for length in (queries, keys, keys))
-    variants = {name: make(inputs) for name, make in VARIANTS.items()}
+    given = tuple(tensor.to(dtype) for tensor in inputs)
+    variants = {name: make(given) for name, make in VARIANTS.items()}
     seconds = {
         name: statistics.median(wall for wall, _ in times) for name, times in interleaved(variants, rounds).items()
     }
@@ -97,18 +104,19 @@ def measure(size: Size, threads: int, rounds: int, limit: Callable[[Size], float
     exact = F.scaled_dot_product_attention(*(tensor.double().transpose(1, 2) for tensor in head)).transpose(1, 2)
     rows = []
     for name, run in variants.items():
-        row = {"name": name, "heads": heads, "queries": queries, "keys": keys, "width": width, "threads": threads}
+        row = {"name": name, "dtype": PRECISIONS[dtype], "heads": heads, "queries": queries, "keys": keys}
+        row |= {"width": width, "threads": threads}
         row["seconds"] = seconds[name]
         row["ratio_to_pytorch"] = row["seconds"] / seconds["PyTorch"]
         row["error"] = float(torch.linalg.norm(run()[:1, :, :1] - exact) / torch.linalg.norm(exact))
         if name == "amx_attention.cpp":
-            row["limit_seconds"] = limit(size) / threads
+            row["limit_seconds"] = limit(size, dtype) / threads
             row["limit_share"] = row["limit_seconds"] / row["seconds"]
         rows.append(row)
     return rows
 
 
-def build_limits(folder: Path) -> Callable[[Size], float]:
+def build_limits(folder: Path) -> Callable[[Size, torch.dtype], float]:
     """A function that gives the least seconds, on one thread, of an attention of these sizes."""
     openvino = Path(text2images.import_openvino().__file__).parent
     path = folder / "limits.so"
@@ -116,13 +124,14 @@ def build_limits(folder: Path) -> Callable[[Size], float]:
     text2images.build_attention(compiler, openvino, path, ROOT / "benchmarks/attention_limits.cpp")
     library = ctypes.CDLL(str(path))
 
-    def limit(size: Size) -> float:
+    def limit(size: Size, dtype: torch.dtype) -> float:
         heads, queries, keys, width = size
         parts = (ctypes.c_double * 3)()
-        if library.measure_limits(width, parts) != 0:
+        of_dtype = library.limits_fp32 if dtype == torch.float32 else library.limits_bf16
+        if of_dtype(width, parts) != 0:
             raise SystemExit(f"no kernel for heads of width {width} on this CPU")
         score, values, exponentials = parts
-        beside = "amx_bf16" in machine()["flags"]
+        beside = dtype == torch.bfloat16 and "amx_bf16" in machine()["flags"]
         one = max(score + values, exponentials) if beside else score + values + exponentials
         return one * BATCH * heads * -(-queries // 32) * -(-keys // 32)
 
@@ -135,18 +144,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output", type=Path, help="the JSON to write")
     args = parser.parse_args()
+    flags = set(text2images.cpu_flags())
+    dtypes = [dtype for dtype, name in PRECISIONS.items() if text2images.ATTENTION_FLAGS[name] <= flags]
     with tempfile.TemporaryDirectory() as folder:
-        limit, cases = build_limits(Path(folder)), itertools.product(SIZES, args.threads)
-        rows = [row for size, threads in cases for row in measure(size, threads, args.rounds, limit)]
+        limit, cases = build_limits(Path(folder)), itertools.product(dtypes, SIZES, args.threads)
+        rows = [row for dtype, size, threads in cases for row in measure(size, dtype, threads, args.rounds, limit)]
     for row in rows:
         share = f"{row['limit_share']:.0%} of the limit" if "limit_share" in row else ""
         print(
-            f"{row['heads']:3} heads, {row['queries']} x {row['keys']}, width {row['width']:3}, "
+            f"{row['dtype']:4} {row['heads']:3} heads, {row['queries']} x {row['keys']}, width {row['width']:3}, "
             f"{row['threads']} threads: {row['name']:18} {row['seconds'] * 1e3:8.2f} ms, "
             f"{row['ratio_to_pytorch']:.2f} of PyTorch's, error {row['error']:.1e} {share}"
         )
     if args.output is not None:
-        rows = [{key: round(x, 6) if isinstance(x, float) else x for key, x in row.items()} for row in rows]
+        rows = [{key: round(x, 9) if isinstance(x, float) else x for key, x in row.items()} for row in rows]
         write_json({"batch": BATCH, "rows": rows}, args.output)
 
 

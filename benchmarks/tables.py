@@ -209,6 +209,24 @@ def unet_step_sizes(result: Row) -> Content:
 SIZED = ("diffusers fp32", "diffusers bf16", "openvino int8", "int8")
 
 
+@table(
+    "unet-step-vnni",
+    "unet_step_avx512_vnni.json",
+    "unet_step_avx2_vnni.json",
+    scripts=(GENERATE, "benchmarks/unet_step.py", "amx_attention.cpp"),
+)
+def unet_step_vnni(*results: Row) -> Content:
+    """Seconds on CPUs with VNNI and no bf16, with the ratio to fp32."""
+    content = Content(["UNet", "AVX512-VNNI, s/step", "AVX-VNNI, s/step"])
+    for name in ("diffusers fp32", "openvino int8, fp32 elsewhere", "int8 --dtype float32"):
+        cells = []
+        for steps in map(step_rows, results):
+            seconds = [steps.get(each, {}).get("seconds") for each in (name, "diffusers fp32")]
+            cells.append(with_ratio(*seconds, 2))
+        content.rows.append([STEP_NAMES[name], *cells])
+    return drop_empty(content)
+
+
 @table("operators", "unet_step.json", scripts=(GENERATE, "benchmarks/unet_step.py"))
 def operators(result: Row) -> Content:
     """What a step of the int8 UNet spends its time on."""
@@ -221,21 +239,20 @@ def operators(result: Row) -> Content:
 
 @table("attention", "attention.json", scripts=("amx_attention.cpp", "benchmarks/attention.py"))
 def attention(result: Row) -> Content:
-    """Long attention beside PyTorch's and OpenVINO's."""
+    """Long attention beside PyTorch's and OpenVINO's, on one thread."""
     names = ("PyTorch", "OpenVINO", "amx_attention.cpp")
-    content = Content(
-        ["heads, queries, keys, width; threads", *(f"{name}, ms" for name in names), "of its limit", "errors"]
-    )
+    times = [f"{name}, ms" for name in names]
+    content = Content(["dtype; heads, queries, keys, width", *times, "of its limit", "errors"])
     cases: dict[tuple, dict[str, Row]] = {}
-    for row in result.get("rows", []):
-        case = row["heads"], row["queries"], row["keys"], row["width"], row["threads"]
+    for row in (row for row in result.get("rows", []) if row["threads"] == 1):
+        case = row["dtype"], row["heads"], row["queries"], row["keys"], row["width"]
         cases.setdefault(case, {})[row["name"]] = row
-    for (heads, queries, keys, width, threads), rows in cases.items():
+    for (dtype, heads, queries, keys, width), rows in cases.items():
         base = rows["PyTorch"]["seconds"] * 1e3
         times = [with_ratio(rows[name]["seconds"] * 1e3, base, 1) for name in names]
-        errors = " / ".join(f"{rows[name]['error']:.4f}" for name in names)
+        errors = " / ".join(f"{rows[name]['error']:.1e}" for name in names)
         share = f"{rows[names[-1]]['limit_share']:.0%}"
-        content.rows.append([f"{heads}, {queries:,}, {keys:,}, {width}; {threads}", *times, share, errors])
+        content.rows.append([f"{dtype}; {heads}, {queries:,}, {keys:,}, {width}", *times, share, errors])
     content.missing = [] if content.rows else ["attention (benchmarks/attention.py)"]
     return content
 
