@@ -1143,8 +1143,8 @@ class DividedGroupNorm(nn.Module):
 def save_openvino_unet(model: Any, path: Path) -> None:
     """Write the model with a mark at its last layers, which makes OpenVINO compute them in fp32 in a model in bf16.
 
-    They are conv_norm_out, its activation, conv_out, and the addition before them. OpenVINO 2026.4 has the mark in its
-    files, but not in Python.
+    They are conv_norm_out, its activation, conv_out, and the addition before them. OpenVINO 2026.4 reads the mark from
+    files, but does not write it.
     """
     import_openvino().save_model(model, path, compress_to_fp16=False)
     last, node = [], model.get_results()[0].input_value(0).get_node()
@@ -1708,7 +1708,8 @@ def save_openvino(pipeline: Pipeline, args: argparse.Namespace) -> None:
 
     def write(folder: Path) -> None:
         for name, model in models.items():
-            ov.save_model(model, folder / name / "openvino_model.xml", compress_to_fp16=name != "unet")
+            save = save_openvino_unet if name == "unet" else ov.save_model
+            save(model, folder / name / "openvino_model.xml")
         for name, part in texts.items():
             if name in models:
                 part.config.save_pretrained(folder / name)

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def decibels(first: np.ndarray, second: np.ndarray) -> float:
-    """PSNR of pictures 0..255; equal ones have 120."""
+    """PSNR of images 0..255; equal ones have 120."""
     return 10 * np.log10(255**2 / (np.square(first - second).mean() + 255**2 * 1e-12))
 
 
@@ -119,9 +119,45 @@ def test_int8_unet_in_openvino_errs_as_the_reference_does(
         assert relative(given[sample], exact[sample]) < 1.3 * relative(expected[sample], exact[sample])
 
 
+def in_bf16() -> bool:
+    return "BF16" in text2images.openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@pytest.mark.skipif(not in_bf16(), reason="OpenVINO computes in fp32 on this CPU")
+def test_the_last_layers_compute_in_fp32_in_a_model_in_bf16(settings: list[str]) -> None:
+    unet = openvino_unet(settings, "--dtype", "bfloat16")
+    model = text2images.openvino_core().read_model(unet.model_file())
+    model.reshape(
+        dict(enumerate(list(tensor.shape) for tensor in (*unet_inputs()[:1], torch.zeros(1), unet_inputs()[2])))
+    )
+    compiled = text2images.openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    run = [
+        (facts["layerType"].astype(str), facts["runtimePrecision"].astype(str))
+        for facts in (node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops())
+    ]
+    norms, convs = ([precision for kind, precision in run if kind == wanted] for wanted in ("MVN", "Convolution"))
+    assert norms[-1] == convs[-1] == "f32" and set(norms[:-1]) == {"bf16"} and "f32" not in convs[1:-1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantize_input", [False, True])
+def test_a_group_norm_is_divided_and_marked_unless_int8_follows(quantize_input: bool, tmp_path: Path) -> None:
+    norm, conv = nn.GroupNorm(4, 16), new_layer("conv")
+    conv = conv if quantize_input else nn.Conv2d(16, 4, 3)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = 3 * torch.randn(2, 16, 6, 7) + 1
+    assert torch.allclose(text2images.DividedGroupNorm(norm)(x), norm(x), atol=1e-5)
+    last = nn.Sequential(nn.SiLU(), text2images.DividedGroupNorm(norm), nn.SiLU(), conv)
+    model = text2images.trace(last, {"x": x}, {"x": [-1, 16, -1, -1]}, "y")
+    text2images.save_openvino_unet(model, tmp_path / "unet.xml")
+    marks = (tmp_path / "unet.xml").read_text().count('name="precise"')
+    assert marks == (0 if quantize_input else 9)
+
+
 @pytest.mark.exact_kernels
-def test_picture_is_that_of_the_reference_path(model_dir: Path, quant_model: Path, tmp_path: Path) -> None:
-    """Nearer than the pictures in bf16 and fp32 are to each other."""
+def test_image_is_that_of_the_reference_path(model_dir: Path, quant_model: Path, tmp_path: Path) -> None:
+    """Nearer than the images in bf16 and fp32 are to each other."""
     flags = ["-c", "a lake", "-n", "4", "--batch_size", "3"]  # the last batch is smaller
     runs = {"openvino": ["-qm", quant_model, "--dtype", "float32"], "fp32": [], "bf16": ["--dtype", "bfloat16"]}
     runs["torch"] = [*runs["openvino"], "--engine", "torch"]
@@ -373,6 +409,7 @@ def test_openvino_genai_generates_from_the_saved_folder(
     out = tmp_path / "genai.npy"
     run = run_command(sys.executable, "-c", GENAI, tmp_path / "saved", "a lake", str(SIZE), out)
     assert run.returncode == 0
+    assert 'name="precise"' in (tmp_path / "saved/unet/openvino_model.xml").read_text()
     text2images.main(flags)
     fp32 = np.asarray(Image.open(tmp_path / "a lake fp32 seed 42.png"), dtype=float)
     assert decibels(np.load(out).astype(float), fp32) > 40
