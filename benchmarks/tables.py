@@ -296,7 +296,7 @@ def training_rows(result: Row, **setting: Any) -> dict[str, Row]:
     return by_name([row for row in result.get("rows", []) if setting.items() <= row.items()])
 
 
-ENCODING = "encoding of pictures and captions, which --cache_latents saves"
+ENCODING = "encoding of images and captions, which --cache_latents saves"
 OURS = "ours, QAT + KD"
 TRAINING_NAMES = {
     "plain fine-tune": "plain fine-tuning",
