@@ -4,7 +4,7 @@
 // for attention of many queries. Inputs and output are of one type, and have the layout [B, L, heads, D]; products are
 // of that type, too, with fp32 sums. bf16 needs AVX512-BF16 and AVX512-VBMI, and uses AMX.
 //
-// How a head is computed, 32 queries at a time, over keys in chunks of 256:
+// How a head is computed, 32 queries at a time, over keys in chunks of 256 (in fp32, 128):
 //   scores   S [32, 32 keys] = q kᵀ          (product of two packed matrices)
 //   weights  P [32, 256]     = 2^(S c)       (c = log2 e / √D; rounded to the type)
 //   output   O [32, D + 1]  += P [v, 1]      (product of two packed matrices; the last column is the weights' sum)
@@ -65,7 +65,7 @@ constexpr int PER_TILE = TILE * PER_ROW<N>;
 template <class N>
 constexpr bool IS_BF16 = std::is_same_v<N, bf16>;
 constexpr int QUERIES = 32;          // queries computed at a time: two tiles
-constexpr int GROUP = 4;              // times as many queries go through the keys together
+constexpr int GROUP = 4;             // times as many queries go through the keys together
 constexpr int KEYS = 32;             // keys of one block of scores: two tiles
 template <class N>
 constexpr int CHUNK = 8 * PER_ROW<N>;  // keys between two products with the values
@@ -94,19 +94,18 @@ Buffer<T> allocate(int64_t count) {
 }
 
 // Memory that only grows.
+template <class N>
 class Workspace {
-    Buffer<char> memory;
+    Buffer<N> memory;
     int64_t size = 0;
 
 public:
-    template <class N>
     N* at_least(int64_t count) {
-        const int64_t bytes = count * sizeof(N);
-        if (bytes > size) {
-            memory = allocate<char>(bytes);
-            size = bytes;
+        if (count > size) {
+            memory = allocate<N>(count);
+            size = count;
         }
-        return reinterpret_cast<N*>(memory.get());
+        return memory.get();
     }
 };
 
@@ -332,6 +331,9 @@ template <class N, bool two_columns, bool add>
 constexpr auto product = product_by_rows<N, two_columns, add>;
 
 #endif
+
+template <class N>
+using TilesFor = std::conditional_t<IS_BF16<N>, Tiles, int>;  // fp32 needs none
 
 // ---------------------------------------------------------------- one attention
 
@@ -566,8 +568,8 @@ void attend(const N* q, const N* k, const N* v, N* out, const Sizes& sizes) {
     const int64_t stride = sizes.heads * D, heads = sizes.batch * sizes.heads;
     const int64_t key_blocks = ceil_div(sizes.keys, KEYS);
     // Kept for the thread's next call, as the system would clear new memory, which takes as long as packing.
-    static thread_local Workspace workspace;
-    N* const packed = workspace.at_least<N>(heads * key_blocks * (Head::KEY_BLOCK + Head::VALUE_BLOCK));
+    static thread_local Workspace<N> workspace;
+    N* const packed = workspace.at_least(heads * key_blocks * (Head::KEY_BLOCK + Head::VALUE_BLOCK));
     const std::unique_ptr<Head[]> all(new Head[heads]);
     for (int64_t head = 0; head < heads; head++) {
         all[head].keys = packed + head * key_blocks * Head::KEY_BLOCK;
@@ -594,7 +596,7 @@ void attend(const N* q, const N* k, const N* v, N* out, const Sizes& sizes) {
     // ... then all groups of queries of all heads are shared out.
     const int64_t groups = ceil_div(sizes.queries, GROUP * QUERIES), grain = std::max<int64_t>(1, groups / 8);
     tbb::parallel_for(Range(0, heads * groups, grain), [&](const Range& range) {
-        [[maybe_unused]] const std::conditional_t<IS_BF16<N>, Tiles, int> tiles{};
+        [[maybe_unused]] const TilesFor<N> tiles{};
         const auto blocks = allocate<Block<D, N>>(GROUP);
         for (int64_t number = range.begin(); number < range.end(); number++) {
             const int64_t head = number / groups, group = number % groups * GROUP * QUERIES;

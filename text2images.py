@@ -1400,6 +1400,7 @@ def kernels_are_exact(device: str) -> bool:
 ATTENTION_SOURCE = Path(__file__).with_name("amx_attention.cpp")
 # What amx_attention.cpp needs of a CPU, by OpenVINO's names of what it computes in; for bf16 it uses amx_bf16, too.
 ATTENTION_FLAGS = {"bf16": {"avx512_bf16", "avx512vbmi"}, "f32": {"avx512f"}}
+ATTENTION_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}  # by the same names
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of a head: those of SD 1.x, 2.x and SDXL
 LONG_ATTENTION = 1024  # queries; with fewer, a step takes as long with OpenVINO's own attention
 
@@ -1512,7 +1513,7 @@ def build_attention(compiler: str, openvino: Path, output: Path, source: Path = 
 def attend(library: ctypes.CDLL, q: np.ndarray, k: np.ndarray, v: np.ndarray, output: np.ndarray) -> None:
     """output = softmax(q kᵀ / √D) v; q and output [B, L, heads, D], k and v [B, L', heads, D], contiguous.
 
-    All are in fp32 or in bf16, for which, as NumPy has none, any type of two bytes is taken.
+    All are in fp32 or in bf16, for which any type of two bytes is taken.
     """
     batch, queries, heads, width = q.shape
     pointers = [ctypes.c_void_p(array.ctypes.data) for array in (q, k, v, output)]
@@ -1522,18 +1523,20 @@ def attend(library: ctypes.CDLL, q: np.ndarray, k: np.ndarray, v: np.ndarray, ou
         raise OSError(f"the system gives no tile registers, or heads of width {width} are not in it")
 
 
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory; that of bf16, which NumPy does not have, as integers of two bytes."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
 def attention_is_right(library: ctypes.CDLL, precision: str) -> bool:
     """Whether it computes softmax attention, for weights that are nearly equal, and for some that are nearly 1."""
     generator = torch.Generator().manual_seed(0)
-    dtype, same_size, limit = {
-        "bf16": (torch.bfloat16, torch.int16, 0.05),
-        "f32": (torch.float32, torch.float32, 1e-4),
-    }[precision]
+    limit = {"bf16": 0.05, "f32": 1e-4}[precision]
     for width, size in itertools.product(ATTENTION_WIDTHS, (1, 20)):
         inputs = [torch.randn(2, length, 2, width, generator=generator) for length in (35, 300, 300)]
-        inputs = [(tensor * factor).to(dtype) for tensor, factor in zip(inputs, (size, 1, 1))]
+        inputs = [(tensor * factor).to(ATTENTION_DTYPES[precision]) for tensor, factor in zip(inputs, (size, 1, 1))]
         output = torch.empty_like(inputs[0])
-        attend(library, *(tensor.view(same_size).numpy() for tensor in [*inputs, output]))
+        attend(library, *map(as_array, [*inputs, output]))
         exact = F.scaled_dot_product_attention(*(tensor.double().transpose(1, 2) for tensor in inputs)).transpose(1, 2)
         if not torch.linalg.norm(output - exact) <= limit * torch.linalg.norm(exact):
             return False

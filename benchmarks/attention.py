@@ -39,8 +39,7 @@ SIZES: list[Size] = [(8, 4096, 4096, 40), (8, 1024, 1024, 80), (8, 256, 256, 160
 SIZES += [(8, 4096, 77, 40), (8, 1024, 77, 80), (10, 4096, 4096, 64), (20, 1024, 1024, 64)]
 BATCH = 2
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v: [B, L, heads, D], in the dtype to compute in
-PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "f32"}  # as OpenVINO names them
-INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # of the same size, as NumPy has no bf16
+PRECISIONS = {dtype: name for name, dtype in text2images.ATTENTION_DTYPES.items()}
 
 
 def by_pytorch(inputs: Inputs) -> Callable[[], torch.Tensor]:
@@ -60,22 +59,20 @@ def by_openvino(inputs: Inputs) -> Callable[[], torch.Tensor]:
     request = text2images.openvino_core().compile_model(model, "CPU", settings).create_infer_request()
     tensors = [ov.Tensor(kind, ov.Shape(list(tensor.shape))) for tensor in inputs]
     for number, (tensor, source) in enumerate(zip(tensors, inputs)):
-        integers = source.view(INTEGERS[dtype]).numpy()
-        tensor.data.view(integers.dtype)[...] = integers
+        array = text2images.as_array(source)
+        tensor.data.view(array.dtype)[...] = array
         request.set_input_tensor(number, tensor)
 
     def run() -> torch.Tensor:
         request.infer()
-        found = request.get_output_tensor(0).data.view({2: np.int16, 4: np.int32}[dtype.itemsize])
-        return torch.from_numpy(found).view(dtype)
+        return torch.from_numpy(request.get_output_tensor(0).data.view(array.dtype)).view(dtype)
 
     return run
 
 
 def by_kernel(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    dtype = inputs[0].dtype
-    library, output = text2images.load_attention(PRECISIONS[dtype]), torch.empty_like(inputs[0])
-    arrays = [tensor.view(dtype if dtype == torch.float32 else torch.int16).numpy() for tensor in (*inputs, output)]
+    library, output = text2images.load_attention(PRECISIONS[inputs[0].dtype]), torch.empty_like(inputs[0])
+    arrays = [text2images.as_array(tensor) for tensor in (*inputs, output)]
 
     def run() -> torch.Tensor:
         text2images.attend(library, *arrays)

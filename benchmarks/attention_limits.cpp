@@ -26,7 +26,7 @@ double seconds_of(const Work& work) {
 template <int D, class N>
 void measure(double* seconds) {
     using Head = Packed<D, N>;
-    [[maybe_unused]] const std::conditional_t<IS_BF16<N>, Tiles, int> tiles{};
+    [[maybe_unused]] const TilesFor<N> tiles{};
     const auto block = allocate<Block<D, N>>(1);
     const auto keys = allocate<N>(Head::KEY_BLOCK);
     const auto values = allocate<N>(Head::VALUE_BLOCK);

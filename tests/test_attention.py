@@ -24,12 +24,15 @@ import unet_step
 from conftest import ROOT
 
 COMPILER = shutil.which(os.environ.get("CXX") or "c++")
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+DTYPES = text2images.ATTENTION_DTYPES
 # As text2images.py builds it for this CPU; for CPUs without AMX; with AMX's tiles emulated; for CPUs without bf16.
 BUILDS = {"native": "", "AVX512-BF16": "-mno-amx-bf16", "AVX512": "-march=cascadelake"}
 BUILDS["emulated AMX"] = f"-DEMULATED_TILES='\"{ROOT}/tests/emulated_tiles.h\"'"
 BF16_KERNELS = [("native", "bf16"), ("AVX512-BF16", "bf16"), ("emulated AMX", "bf16")]
 KERNELS = [*BF16_KERNELS, ("native", "f32"), ("AVX512", "f32")]
+
+
+NOT_HERE = "no C++ compiler, or no such instructions"
 
 
 def runs_here(precision: str) -> bool:
@@ -38,9 +41,8 @@ def runs_here(precision: str) -> bool:
 
 def in_precisions(*precisions: str) -> pytest.MarkDecorator:
     """A case for each that this CPU has instructions for."""
-    reason = "no C++ compiler, or no such instructions"
     cases = [
-        pytest.param(precision, marks=pytest.mark.skipif(not runs_here(precision), reason=reason))
+        pytest.param(precision, marks=pytest.mark.skipif(not runs_here(precision), reason=NOT_HERE))
         for precision in precisions or DTYPES
     ]
     return pytest.mark.parametrize("precision", cases)
@@ -53,11 +55,9 @@ class Kernel:
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Its output in fp32, from inputs of its own precision."""
-        dtype = DTYPES[self.precision]
-        q, k, v = (tensor.to(dtype) for tensor in (q, k, v))
+        q, k, v = (tensor.to(DTYPES[self.precision]) for tensor in (q, k, v))
         output = torch.full_like(q, 12345.0)
-        same_size = {"bf16": torch.int16, "f32": torch.float32}[self.precision]
-        text2images.attend(self.library, *(tensor.view(same_size).numpy() for tensor in (q, k, v, output)))
+        text2images.attend(self.library, *map(text2images.as_array, (q, k, v, output)))
         return output.float()
 
 
@@ -82,7 +82,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctype
 def kernel(request: pytest.FixtureRequest, libraries: Callable[[str], ctypes.CDLL]) -> Kernel:
     build, precision = request.param
     if not runs_here(precision):
-        pytest.skip("no C++ compiler, or no such instructions")
+        pytest.skip(NOT_HERE)
     return Kernel(libraries(build), precision)
 
 

@@ -119,18 +119,14 @@ def test_int8_unet_in_openvino_errs_as_the_reference_does(
         assert relative(given[sample], exact[sample]) < 1.3 * relative(expected[sample], exact[sample])
 
 
-def in_bf16() -> bool:
-    return "BF16" in text2images.openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-@pytest.mark.skipif(not in_bf16(), reason="OpenVINO computes in fp32 on this CPU")
 def test_the_last_layers_compute_in_fp32_in_a_model_in_bf16(settings: list[str]) -> None:
-    unet = openvino_unet(settings, "--dtype", "bfloat16")
-    model = text2images.openvino_core().read_model(unet.model_file())
-    model.reshape(
-        dict(enumerate(list(tensor.shape) for tensor in (*unet_inputs()[:1], torch.zeros(1), unet_inputs()[2])))
-    )
-    compiled = text2images.openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    core = text2images.openvino_core()
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("OpenVINO computes in fp32 on this CPU")
+    model = core.read_model(openvino_unet(settings, "--dtype", "bfloat16").model_file())
+    sample, _, text = unet_inputs()
+    model.reshape({0: list(sample.shape), 1: [1], 2: list(text.shape)})
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     run = [
         (facts["layerType"].astype(str), facts["runtimePrecision"].astype(str))
         for facts in (node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops())
