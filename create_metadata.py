@@ -134,7 +134,7 @@ class Row(NamedTuple):
     text: Text
 
 
-Verdict = tuple[Text | None, list[str]]  # None: the pair is left out, and the one remark is the reason
+CheckResult = tuple[Text | None, list[str]]  # None: the pair is left out, and the one remark is the reason
 
 
 class LeftOut(Exception):
@@ -152,7 +152,7 @@ def unread(image_format: str) -> str:
     return f"image in a format that is not read ({image_format}: {remedy})"
 
 
-class Tally:
+class Reasons:
     """Counts by reason, with the first few names of each."""
 
     def __init__(self) -> None:
@@ -274,16 +274,16 @@ def ours(metadata: Path) -> bool:
 # ------------------------------------------------------------------------------------------ walk and pair
 
 
-def find_pairs(args: argparse.Namespace, left_out: Tally, remarks: Tally) -> list[Pair]:
+def find_pairs(args: argparse.Namespace, left_out: Reasons, remarks: Reasons) -> list[Pair]:
     """Every image with its caption file, sorted by file name; nothing is opened yet."""
-    others = Tally()  # files that are no part of a pair, by extension
-    files, spoilt = find_files(args, left_out, remarks, others)
+    others = Reasons()  # files that are no part of a pair, by extension
+    files, bad_links = find_files(args, left_out, remarks, others)
     images, captions, jsons = files["image"], files["caption"], files["json"]
     extensions = list(KINDS)
 
     def choose(names: list[str], reason: str) -> str:
         if len(names) > 1:  # of several, the same one whatever order the disk lists them in
-            names.sort(key=lambda name: (name in spoilt, extensions.index(os.path.splitext(name)[1].lower()), name))
+            names.sort(key=lambda name: (name in bad_links, extensions.index(os.path.splitext(name)[1].lower()), name))
         for name in names[1:]:
             left_out.add(reason, name)
         return names[0]
@@ -299,7 +299,7 @@ def find_pairs(args: argparse.Namespace, left_out: Tally, remarks: Tally) -> lis
         told = captions.pop(stem, None) or (jsons.get(stem) if args.caption_from_json else None)
         caption = choose(told, SECOND_CAPTION) if told else ""
         missing = ONLY_JSON if stem in jsons else NO_CAPTION
-        reason = spoilt.get(image) or name_problem(image) or (spoilt.get(caption) if caption else missing)
+        reason = bad_links.get(image) or name_problem(image) or (bad_links.get(caption) if caption else missing)
         if reason:
             left_out.add(reason, image)
         else:
@@ -307,12 +307,12 @@ def find_pairs(args: argparse.Namespace, left_out: Tally, remarks: Tally) -> lis
     for stem, names in files["unread"].items():
         captions.pop(stem, None)  # that one has its image
         for name in names:
-            left_out.add(spoilt.get(name) or unread(name[name.rindex(".") + 1 :].upper()), name)
+            left_out.add(bad_links.get(name) or unread(name[name.rindex(".") + 1 :].upper()), name)
     for names in captions.values():
         for name in names:
             left_out.add(NO_IMAGE, name)
     if not pairs:
-        refuse_nothing(args, left_out, others)
+        fail_without_pairs(args, left_out, others)
     return sorted(pairs)
 
 
@@ -339,7 +339,7 @@ def same_spelling(name: str) -> str:
 
 
 def find_files(
-    args: argparse.Namespace, left_out: Tally, remarks: Tally, others: Tally
+    args: argparse.Namespace, left_out: Reasons, remarks: Reasons, others: Reasons
 ) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
     """{kind: {stem: names}} and {name: what is wrong with that symlink}; stems and names are relative."""
     from tqdm import tqdm
@@ -349,7 +349,7 @@ def find_files(
     if find_spec("pillow_heif") is None:
         kinds.update(dict.fromkeys(HEIF_EXTENSIONS, "unread"))
     files: dict[str, dict[str, list[str]]] = {kind: {} for kind in KINDS.values()}
-    spoilt: dict[str, str] = {}
+    bad_links: dict[str, str] = {}
     folders = [""]  # grows while it is read: "", "00000/", "00000/deeper/"
     entries = scan(args.image_path, folders, left_out)
     for prefix, entry in tqdm(entries, desc="finding", unit=" files", leave=False, disable=None):
@@ -366,17 +366,17 @@ def find_files(
         elif kind and (problem or entry.is_file()):
             files[kind].setdefault(stem, []).append(name)
             if problem:
-                spoilt[name] = problem
+                bad_links[name] = problem
         elif problem and not os.path.isfile(entry.path):
             left_out.add(problem, name)
         else:
             if prefix and entry.name in METADATA_NAMES:
                 remarks.add(NESTED, name)
             others.add("metadata" if entry.name in METADATA_NAMES else os.path.splitext(name)[1].lower(), name)
-    return files, spoilt
+    return files, bad_links
 
 
-def scan(root: str, folders: list[str], left_out: Tally) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def scan(root: str, folders: list[str], left_out: Reasons) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Every entry of `folders`, to which the caller adds the sub-folders that it wants to see."""
     for prefix in folders:
         try:
@@ -407,7 +407,7 @@ def name_problem(name: str) -> str | None:
 # ------------------------------------------------------------------------------- where no pair can be used
 
 
-def refuse_nothing(args: argparse.Namespace, left_out: Tally, others: Tally) -> NoReturn:
+def fail_without_pairs(args: argparse.Namespace, left_out: Reasons, others: Reasons) -> NoReturn:
     message = f"no usable pair in --image_path {args.image_path!r}"
     reasons = [f"{count:,} {reason}: {left_out.names[reason][0]!r}" for reason, count in left_out.counts.most_common(3)]
     if reasons:
@@ -415,7 +415,7 @@ def refuse_nothing(args: argparse.Namespace, left_out: Tally, others: Tally) -> 
     fail(message + remedy(args, left_out, others))
 
 
-def remedy(args: argparse.Namespace, left_out: Tally, others: Tally) -> str:
+def remedy(args: argparse.Namespace, left_out: Reasons, others: Reasons) -> str:
     """By what the folder holds, and by what most images were left out for."""
     if others.counts[".tar"]:
         count, name = others.counts[".tar"], others.names[".tar"][0]
@@ -434,7 +434,7 @@ def remedy(args: argparse.Namespace, left_out: Tally, others: Tally) -> str:
     return ""  # the reason itself says what helps
 
 
-def without_images(folder: str, others: Tally) -> str:
+def without_images(folder: str, others: Reasons) -> str:
     if others.counts[".arrow"] or others.counts[".parquet"]:
         reads = command("--dataset_name", folder)
         return f"it holds a dataset: {reads} reads the images in it; those of URLs, img2dataset downloads"
@@ -446,7 +446,7 @@ def without_images(folder: str, others: Tally) -> str:
     return f"{found}: pass the folder of NAME.jpg (or {' '.join(IMAGE_EXTENSIONS[1:])}) with NAME.txt beside each"
 
 
-def without_captions(args: argparse.Namespace, left_out: Tally, others: Tally) -> str:
+def without_captions(args: argparse.Namespace, left_out: Reasons, others: Reasons) -> str:
     folder, image, alone = args.image_path, left_out.names[NO_CAPTION][0], left_out.names[NO_IMAGE]
     if others.counts["metadata"]:
         subfolder, name = os.path.split(others.names["metadata"][0])
@@ -469,15 +469,15 @@ def without_captions(args: argparse.Namespace, left_out: Tally, others: Tally) -
 # ----------------------------------------------------------------------------------- captions and decoding
 
 
-def check_pairs(pairs: list[Pair], args: argparse.Namespace, left_out: Tally, remarks: Tally) -> list[Row]:
+def check_pairs(pairs: list[Pair], args: argparse.Namespace, left_out: Reasons, remarks: Reasons) -> list[Row]:
     """Those pairs that can be used, in their order."""
     from tqdm import tqdm
 
     rows: list[Row] = []
     check = functools.partial(check_pair, args)
-    verdicts = in_order(check, pairs, 1 if args.no_verify else args.num_workers)
-    with closing(verdicts), tqdm(desc="checking", total=len(pairs), unit=" pairs", leave=False, disable=None) as bar:
-        for pair, (text, found) in zip(pairs, verdicts):
+    results = in_order(check, pairs, 1 if args.no_verify else args.num_workers)
+    with closing(results), tqdm(desc="checking", total=len(pairs), unit=" pairs", leave=False, disable=None) as bar:
+        for pair, (text, found) in zip(pairs, results):
             for remark in found:
                 (left_out if text is None else remarks).add(remark, pair.image)
             if text is not None:
@@ -486,11 +486,11 @@ def check_pairs(pairs: list[Pair], args: argparse.Namespace, left_out: Tally, re
                     break
             bar.update()
     if not rows:
-        refuse_nothing(args, left_out, Tally())
+        fail_without_pairs(args, left_out, Reasons())
     return rows
 
 
-def in_order(check: Callable[[Pair], Verdict], pairs: list[Pair], num_workers: int) -> Iterator[Verdict]:
+def in_order(check: Callable[[Pair], CheckResult], pairs: list[Pair], num_workers: int) -> Iterator[CheckResult]:
     """check(pair) for every pair, by `num_workers` processes; a few pairs are not worth starting one."""
     num_workers = min(num_workers, -(-len(pairs) // PAIRS_PER_TASK))
     if num_workers < 2:
@@ -504,9 +504,9 @@ def in_order(check: Callable[[Pair], Verdict], pairs: list[Pair], num_workers: i
     executor = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=end_with_parent)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: Ctrl-C is the main process's
     try:
-        verdicts = executor.map(check, pairs, chunksize=PAIRS_PER_TASK)
+        results = executor.map(check, pairs, chunksize=PAIRS_PER_TASK)
         signal.signal(signal.SIGINT, handler)
-        yield from verdicts
+        yield from results
     except (BrokenProcessPool, OSError) as error:  # OSError: the system starts no more processes
         raise UsageError(
             f"--num_workers {num_workers}: a decoding process died or did not start, probably for want of memory: "
@@ -524,7 +524,7 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def check_pair(args: argparse.Namespace, pair: Pair) -> Verdict:
+def check_pair(args: argparse.Namespace, pair: Pair) -> CheckResult:
     remarks: list[str] = []
     try:
         text = read_caption(args, pair.caption, remarks)
@@ -742,7 +742,7 @@ def write_atomically(path: Path, lines: Iterable[str]) -> None:
         raise
 
 
-def report(path: Path, num_rows: int, args: argparse.Namespace, left_out: Tally, remarks: Tally) -> None:
+def report(path: Path, num_rows: int, args: argparse.Namespace, left_out: Reasons, remarks: Reasons) -> None:
     if left_out.counts:
         logger.info("left out:\n%s", "\n".join(left_out.lines()))
     if remarks.counts:
@@ -764,7 +764,7 @@ def report(path: Path, num_rows: int, args: argparse.Namespace, left_out: Tally,
 
 def run(argv: list[str] | None) -> None:
     args = parse_args(argv)
-    left_out, remarks = Tally(), Tally()
+    left_out, remarks = Reasons(), Reasons()
     try:
         pairs = find_pairs(args, left_out, remarks)  # image and caption files, by stem
         rows = check_pairs(pairs, args, left_out, remarks)  # captions read, images decoded

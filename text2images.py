@@ -852,7 +852,7 @@ def check_architecture(payload: dict[str, Any], base_config: dict[str, Any], nam
     for key, default in unet_defaults().items():
         ours, theirs = payload["unet_config"].get(key, default), base_config.get(key, default)
         # sample_size is of images, not of weights; diffusers corrects that of old checkpoints
-        if key != "sample_size" and not same_setting(ours, theirs):
+        if key != "sample_size" and not same_value(ours, theirs):
             base = shown(payload.get("base_model"))
             problem = f"whose UNet has {key} {shown(ours)}; that of -m {name} has {shown(theirs)}"
             raise UsageError(f"-qm was trained from {base}, {problem}")
@@ -864,9 +864,9 @@ def unet_defaults() -> dict[str, Any]:
     return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
 
 
-def same_setting(ours: Any, theirs: Any) -> bool:
+def same_value(ours: Any, theirs: Any) -> bool:
     if isinstance(theirs, (list, tuple)):  # JSON has no tuples
-        return isinstance(ours, (list, tuple)) and len(ours) == len(theirs) and all(map(same_setting, ours, theirs))
+        return isinstance(ours, (list, tuple)) and len(ours) == len(theirs) and all(map(same_value, ours, theirs))
     return type(ours) in (type(None), bool, int, float, str) and ours == theirs
 
 
@@ -959,13 +959,13 @@ def build_int8_unet(
                 if not isinstance(layer, (nn.Linear, nn.Conv2d)):
                     raise ValueError(f"{name} is neither Linear nor Conv2d")
                 unet.set_submodule(name, Int8Layer(layer, quantize_input=f"{name}.input_scale" in state_dict))
-        check_fit(state_dict, unet.state_dict(), set(int8_names))
+        check_state_dict(state_dict, unet.state_dict(), set(int8_names))
         unet.load_state_dict(state_dict, assign=True)
     except Exception as error:  # a wrong config fails inside diffusers in its own ways
         raise UsageError(f"quant_model.pt does not fit its own architecture: {first_line(error)}") from error
     for name, module in unet.to(device).named_modules():
         if isinstance(module, Int8Layer):
-            module.make_ready()
+            module.prepare()
             # paired queries, keys and values would cost time and gain 0.1 dB in latents
             module.paired = paired and module.quantize_input and not name.endswith(("to_q", "to_k", "to_v"))
         else:
@@ -976,7 +976,9 @@ def build_int8_unet(
     return unet.eval()
 
 
-def check_fit(state_dict: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], int8_names: set[str]) -> None:
+def check_state_dict(
+    state_dict: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], int8_names: set[str]
+) -> None:
     """Raise ValueError unless each tensor of the UNet, and no other, is there with its shape and kind."""
     if not int8_names:
         raise ValueError("not one layer is int8")
@@ -1009,10 +1011,10 @@ class Int8Layer(nn.Module):
         if quantize_input:
             self.register_buffer("input_scale", torch.empty(()))
             self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32))
-        self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups) if is_conv else None
+        self.conv_args = (layer.stride, layer.padding, layer.dilation, layer.groups) if is_conv else None
         self.quantize_input, self.paired = quantize_input, False
 
-    def make_ready(self) -> None:
+    def prepare(self) -> None:
         """Give the tensors of the file the shapes to broadcast, and have the quantizer's as plain numbers."""
         ones = [1] * (self.weight.dim() - 2)
         self.weight_scale = self.weight_scale.view(-1, 1, *ones)
@@ -1041,7 +1043,7 @@ class Int8Layer(nn.Module):
     def compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         weight = (self.weight.float() * self.weight_scale).to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(x, weight, bias) if self.geometry is None else F.conv2d(x, weight, bias, *self.geometry)
+        return F.linear(x, weight, bias) if self.conv_args is None else F.conv2d(x, weight, bias, *self.conv_args)
 
 
 # ---------------------------------------------------------------- the int8 UNet in OpenVINO
@@ -1381,13 +1383,13 @@ def kernels_are_exact(device: str) -> bool:
     CPUs without VNNI add pairs of products in 16 bits, which saturates without a word; the largest values show it.
     """
     generator = torch.Generator().manual_seed(0)
-    levels = torch.randint(192, 256, (2, 64, 8, 8), generator=generator).float() - 7
-    for layer, x in ((nn.Linear(64, 32, bias=False), levels[:, :, 0, 0]), (nn.Conv2d(64, 32, 3, bias=False), levels)):
+    inputs = torch.randint(192, 256, (2, 64, 8, 8), generator=generator).float() - 7
+    for layer, x in ((nn.Linear(64, 32, bias=False), inputs[:, :, 0, 0]), (nn.Conv2d(64, 32, 3, bias=False), inputs)):
         int8 = Int8Layer(layer, quantize_input=True)
         int8.weight = torch.randint(96, 128, layer.weight.shape, dtype=torch.int8, generator=generator)
         int8.weight_scale, int8.input_factor = torch.full((32,), 0.5), torch.ones(64)
         int8.input_scale, int8.input_zero_point = torch.tensor(1.0), torch.tensor(7)
-        int8.make_ready()
+        int8.prepare()
         model = trace(int8, {"x": x}, {"x": list(x.shape)}, "y")
         compiled = openvino_core().compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32"})
         if not np.allclose(compiled([x.numpy()])[0], int8(x)):

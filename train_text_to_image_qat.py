@@ -1352,9 +1352,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     with contextlib.suppress(Exception):  # of damaged EXIF data; transposed in place, the image itself is kept
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # 16-bit grey; 32-bit images do not say which value is white
-        levels = np.asarray(image, dtype=np.float32)
-        white = 65535 if image.mode.startswith("I;16") or levels.max() > 255 else 255
-        image = Image.fromarray((levels * (255 / white)).clip(0, 255).astype(np.uint8))
+        values = np.asarray(image, dtype=np.float32)
+        white = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
+        image = Image.fromarray((values * (255 / white)).clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

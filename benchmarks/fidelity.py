@@ -6,7 +6,7 @@ with text2images.py, compares with evaluate.py, and counts with demo/check_scene
 images show what their captions say. What is done already in --work_dir is not done again, so an
 interrupted run goes on. Writes the report as JSON, and the default's contact sheet beside it.
 
-    python benchmarks/fidelity.py --output benchmarks/results/fidelity.json
+    python benchmarks/fidelity.py --output benchmarks/results/fidelity_guidance_3.json
 """
 
 from __future__ import annotations

@@ -397,11 +397,6 @@ def closeness(result: Row, names: dict[str, str]) -> Content:
     return content
 
 
-@table("fidelity", "fidelity.json", scripts=(TRAIN, GENERATE, "benchmarks/fidelity.py"))
-def fidelity(result: Row) -> Content:
-    return closeness(result, VARIANTS)
-
-
 def gains(result: Row, pairs: list[tuple[str, str, str]]) -> Content:
     """Paired differences: (from, to, name)."""
     known = {(row["from"], row["to"]): row["psnr"] for row in result.get("differences", [])}
@@ -429,7 +424,8 @@ def paired_gains(result: Row) -> Content:
 
 
 @table("guidance-7.5", "fidelity_guidance_7.5.json", scripts=(TRAIN, GENERATE, "benchmarks/fidelity.py"))
-def guidance(result: Row) -> Content:
+@table("guidance-3", "fidelity_guidance_3.json", scripts=(TRAIN, GENERATE, "benchmarks/fidelity.py"))
+def fidelity(result: Row) -> Content:
     there = {row["folder"] for row in result.get("folders", [])}
     return closeness(result, {folder: name for folder, name in VARIANTS.items() if folder in there})
 

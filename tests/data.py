@@ -21,7 +21,7 @@ FACTS |= {"precision": "int8", "dtype": "fp32", "unet_mb": 7.0, "peak_memory_gib
 def collect(folder: Path, *flags: str) -> tuple[list[tuple[str, str]], dict[str, int], dict[str, int]]:
     """The rows that would be written, the counts of what is left out, and the counts of what is remarked on."""
     args = cm.parse_args(["-p", str(folder), *flags])
-    left_out, remarks = cm.Tally(), cm.Tally()
+    left_out, remarks = cm.Reasons(), cm.Reasons()
     rows = cm.check_pairs(cm.find_pairs(args, left_out, remarks), args, left_out, remarks)
     return rows, dict(left_out.counts), dict(remarks.counts)
 

@@ -71,7 +71,7 @@ def new_layer(kind: str, quantize_input: bool = True, paired: bool = False) -> t
     layer.input_factor = torch.rand(layer.input_factor.shape, generator=generator) + 0.5
     if quantize_input:
         layer.input_scale, layer.input_zero_point = torch.tensor(0.03), torch.tensor(77, dtype=torch.int32)
-    layer.make_ready()
+    layer.prepare()
     layer.paired = paired
     return layer
 

@@ -605,8 +605,8 @@ def test_two_files_of_one_stem(tmp_path, monkeypatch, backwards):
 
     monkeypatch.setattr(os, "scandir", in_order)
     args = cm.parse_args(["-p", str(tmp_path)])
-    left_out = cm.Tally()
-    assert cm.find_pairs(args, left_out, cm.Tally()) == [("a.JPG", "a.TXT")]
+    left_out = cm.Reasons()
+    assert cm.find_pairs(args, left_out, cm.Reasons()) == [("a.JPG", "a.TXT")]
     assert left_out.counts == {cm.SECOND_IMAGE: 2, cm.SECOND_CAPTION: 1}
     assert left_out.names == {cm.SECOND_IMAGE: ["a.png", "a.webp"], cm.SECOND_CAPTION: ["a.txt"]}
 
