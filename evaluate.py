@@ -786,7 +786,7 @@ def page(
     if link is not None:
         for pair, key in zip(data["pairs"], keys):
             files = [Path(os.path.relpath(folder.path / folder.rows[key]["file"], link)) for folder in folders]
-            pair["pictures"] = [quote(os.fsencode(file.as_posix())) for file in files]
+            pair["images"] = [quote(os.fsencode(file.as_posix())) for file in files]
     text = json.dumps(data, allow_nan=False)  # ASCII, so no line separators either
     fill = {
         "IMAGES": "blob:" if link is None else "'self' file:",
@@ -797,13 +797,13 @@ def page(
     for index, part in enumerate(re.split("@@([A-Z]+)@@", template)):
         if index % 2 == 0:
             yield part
-        elif part != "PICTURES":
+        elif part != "EMBEDDED":
             yield fill[part]
         elif link is None:
             for number, key in enumerate(keys):
                 for place, folder in enumerate(folders):
                     data = base64.b64encode(png(folder, key)).decode()
-                    yield f'<script type="text/plain" id="picture-{number}-{place}">{data}</script>\n'
+                    yield f'<script type="text/plain" id="image-{number}-{place}">{data}</script>\n'
 
 
 def write(path: Path, fill: Callable[[io.BufferedWriter], object]) -> None:

@@ -109,10 +109,10 @@ def caption_accuracies(folders: list[Path]) -> list[float]:
     percentages = []
     for folder in folders:
         requests = check_scenes.read_requests(folder)
-        seen = check_scenes.see(ridges, [check_scenes.look(image) for image in check_scenes.open_pictures(requests)])
+        seen = check_scenes.see(ridges, [check_scenes.look(image) for image in check_scenes.open_images(requests)])
         counts = check_scenes.accuracy([request.asked for request in requests], seen).values()
-        hits = sum(pictures * percent for pictures, percent in counts if pictures)
-        percentages.append(hits / sum(pictures for pictures, _ in counts))
+        hits = sum(images * percent for images, percent in counts if images)
+        percentages.append(hits / sum(images for images, _ in counts))
     return percentages
 
 

@@ -33,16 +33,16 @@ READ = "import os, sys\n" + READ + "with open(os.path.join(folder, name), 'rb') 
 
 
 def make_pairs(folder: Path, pairs: int, size: int) -> None:
-    """Of 16 different pictures of coarse noise."""
-    rng, pictures = random.Random(0), []
+    """Of 16 different images of coarse noise."""
+    rng, images = random.Random(0), []
     for _ in range(16):
         file = io.BytesIO()
         Image.frombytes("RGB", (12, 12), rng.randbytes(432)).resize((size, size)).save(file, "JPEG")
-        pictures.append(file.getvalue())
+        images.append(file.getvalue())
     for number in range(pairs):
         stem = folder / f"{number // 10_000:05d}" / f"{number:09d}"
         stem.parent.mkdir(parents=True, exist_ok=True)
-        stem.with_suffix(".jpg").write_bytes(pictures[number % len(pictures)])
+        stem.with_suffix(".jpg").write_bytes(images[number % len(images)])
         stem.with_suffix(".txt").write_text(f"a photo of a small thing with the number {number}, high definition")
 
 
@@ -75,7 +75,7 @@ def measure(commands: dict[str, list[str]], pairs: int, rounds: int) -> list[dic
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=100_000, help="how many to make")
-    parser.add_argument("--large_pairs", type=int, default=4_000, help="likewise, with pictures of 512 pixels")
+    parser.add_argument("--large_pairs", type=int, default=4_000, help="likewise, with images of 512 pixels")
     parser.add_argument("--rounds", type=int, default=3, help="measured runs of each, after one that warms up")
     parser.add_argument("--scratch", type=Path, help="where the pairs are made; by default the system's folder")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")

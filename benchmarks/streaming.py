@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Step time and resident size of --streaming, at the start and at the end of many samples.
 
-Writes tars as img2dataset does, of small pictures, and measures on them: the data alone (decoding,
+Writes tars as img2dataset does, of small images, and measures on them: the data alone (decoding,
 cropping and tokenizing, one data worker), what a resumed run reads over, training of the bundled
-model; and the start on a picture folder of 100,000 rows. Prints a table and writes it as JSON.
+model; and the start on an image folder of 100,000 rows. Prints a table and writes it as JSON.
 
     python benchmarks/streaming.py --output benchmarks/results/streaming.json
 """
@@ -38,19 +38,19 @@ BATCH = 50
 
 
 def write_tars(folder: Path, samples: int, per_tar: int) -> None:
-    """Tars in the layout of img2dataset; 500 different pictures take turns."""
+    """Tars in the layout of img2dataset; 500 different images take turns."""
     rng = np.random.default_rng(0)
-    pictures = []
+    images = []
     for _ in range(500):
         file = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((48, 40)).save(file, "JPEG")
-        pictures.append(file.getvalue())
+        images.append(file.getvalue())
     for shard in range(-(-samples // per_tar)):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for number in range(shard * per_tar, min(samples, (shard + 1) * per_tar)):
                 caption = f"a small picture with the number {number}"
                 members = {
-                    "jpg": pictures[number % len(pictures)],
+                    "jpg": images[number % len(images)],
                     "txt": caption.encode(),
                     "json": json.dumps({"caption": caption, "width": 48, "height": 40}).encode(),
                 }
@@ -133,7 +133,7 @@ def train(folder: Path, steps: int, output_dir: Path) -> dict:
 
 
 def start_on_folder(folder: Path, rows: int) -> dict:
-    """Until the first keys are known: no picture is looked at before its turn."""
+    """Until the first keys are known: no image is looked at before its turn."""
     with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
         for number in range(rows):
             line = {"file_name": f"{number // 10000:05d}/{number:09d}.jpg", "text": f"the picture with number {number}"}
@@ -141,7 +141,7 @@ def start_on_folder(folder: Path, rows: int) -> dict:
     began = time.perf_counter()
     pairs = trainer.read_metadata(folder, "file_name", "text")
     next(iter(trainer.ResumableBatchSampler(len(pairs), 4, 0, range(1))))
-    return {"what": "start on a picture folder", "samples": rows, "seconds": round(time.perf_counter() - began, 2)}
+    return {"what": "start on an image folder", "samples": rows, "seconds": round(time.perf_counter() - began, 2)}
 
 
 def main() -> None:
@@ -152,12 +152,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        tars, pictures = Path(scratch, "tars"), Path(scratch, "pictures")
+        tars, images = Path(scratch, "tars"), Path(scratch, "images")
         tars.mkdir()
-        pictures.mkdir()
+        images.mkdir()
         write_tars(tars, args.samples, args.per_tar)
         # training first, in a process that nothing else has grown
-        rows = [train(tars, args.train_steps, Path(scratch, "out")), start_on_folder(pictures, 100_000)]
+        rows = [train(tars, args.train_steps, Path(scratch, "out")), start_on_folder(images, 100_000)]
         rows += [read_all(tars, args.samples), read_over(tars, args.samples)]
     columns = list(dict.fromkeys(key for each in rows for key in each))
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

@@ -329,8 +329,8 @@ def hours_of_training(result: Row) -> tuple[float, float] | None:
     if not ours or not encoding:
         return None
     calibration = 800 * (encoding["seconds"] + ours["student_forward"])
-    pictures = 1200 * (encoding["seconds"] + ours["seconds"] - ours["optimizer_and_ema"])
-    return calibration / 3600, (pictures + 300 * ours["optimizer_and_ema"]) / 3600
+    images = 1200 * (encoding["seconds"] + ours["seconds"] - ours["optimizer_and_ema"])
+    return calibration / 3600, (images + 300 * ours["optimizer_and_ema"]) / 3600
 
 
 @table("commands", "train_step.json", "end_to_end.json", scripts=(TRAIN, GENERATE))

@@ -347,7 +347,7 @@ def generate_images(requests: list[Request], args: argparse.Namespace) -> Iterat
             progress.update(len(captions))
 
 
-def open_pictures(requests: list[Request]) -> Iterator[Image.Image]:
+def open_images(requests: list[Request]) -> Iterator[Image.Image]:
     for request in requests:
         try:
             with Image.open(request.file) as image:
@@ -379,10 +379,10 @@ def report(
     if file:
         result = {
             "attributes": {
-                name: {"pictures": images, "percent_as_asked": percent, "percent_ceiling": ceiling[name][1]}
+                name: {"images": images, "percent_as_asked": percent, "percent_ceiling": ceiling[name][1]}
                 for name, (images, percent) in table.items()
             },
-            "pictures": [
+            "images": [
                 {
                     "caption": request.caption,
                     "file": request.file and str(request.file),
@@ -402,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     requests = read_requests(args.image_dir) if args.image_dir else random_requests(args.count, args.seed)
     ridges, ceiling = fit_classifier(args.fit_count)
-    images = open_pictures(requests) if args.image_dir else generate_images(requests, args)
+    images = open_images(requests) if args.image_dir else generate_images(requests, args)
     seen = see(ridges, [look(image) for image in images])
     table = report(requests, seen, ceiling, args.json)
     if args.min_accuracy is not None:

@@ -41,7 +41,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE = 32  # pixels of a picture of the tiny model
+SIZE = 32  # pixels of an image of the tiny model
 FORKS = multiprocessing.get_context("forkserver")  # starts processes that have the libraries loaded already
 FORKS.set_forkserver_preload(["train_text_to_image_qat", "tensorboard", "datasets"])
 
@@ -171,13 +171,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven captioned pictures, more than one batch and no multiple of one."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Eleven captioned images, more than one batch and no multiple of one."""
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     rows = []
     for index in range(11):
-        picture = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize((50, 40))
-        picture.save(folder / f"{index:04d}.jpg", quality=95)
+        image = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize((50, 40))
+        image.save(folder / f"{index:04d}.jpg", quality=95)
         rows.append(f'{{"file_name": "{index:04d}.jpg", "text": "picture number {index}"}}\n')
     (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
     return folder

@@ -34,15 +34,15 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
-def picture(level: int, kind: str = "PNG") -> bytes:
+def encoded_image(level: int, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (SIZE + 4, SIZE), (level, level, level)).save(file, kind)
     return file.getvalue()
 
 
 def pair(key: str, level: int) -> dict[str, bytes]:
-    """A sample as img2dataset writes it; the picture's grey level tells which one it is."""
-    return {f"{key}.png": picture(level), f"{key}.txt": f"grey {level}".encode(), f"{key}.json": b'{"width": 36}'}
+    """A sample as img2dataset writes it; the image's grey level tells which one it is."""
+    return {f"{key}.png": encoded_image(level), f"{key}.txt": f"grey {level}".encode(), f"{key}.json": b'{"width": 36}'}
 
 
 def stream(tars: Path | str, *flags: str) -> tuple[trainer.CaptionedImages, object]:
@@ -52,17 +52,17 @@ def stream(tars: Path | str, *flags: str) -> tuple[trainer.CaptionedImages, obje
     return trainer.load_dataset(args, [tiny_pipeline().tokenizer]), args
 
 
-def folder(path: Path, pictures: dict[tuple[str, int], np.ndarray], **facts) -> Path:
+def folder(path: Path, images: dict[tuple[str, int], np.ndarray], **facts) -> Path:
     path.mkdir()
     with open(path / "results.jsonl", "w") as file:
-        for number, ((caption, seed), pixels) in enumerate(pictures.items()):
+        for number, ((caption, seed), pixels) in enumerate(images.items()):
             Image.fromarray(pixels).save(path / f"{number}.png")
             row = {"caption": caption, "seed": seed, "file": f"{number}.png", "seconds": 2.0, **FACTS, **facts}
             file.write(json.dumps(row) + "\n")
     return path
 
 
-def pictures(count: int, shift: int = 0, edge: int = 16) -> dict[tuple[str, int], np.ndarray]:
+def noise_images(count: int, shift: int = 0, edge: int = 16) -> dict[tuple[str, int], np.ndarray]:
     rng = np.random.default_rng(0)
     made = {}
     for index in range(count):

@@ -111,12 +111,12 @@ def refusal(script: ModuleType, checkpoint: Path | str, *flags: str) -> str:
 
 
 def generate_image(checkpoint: Path, output_dir: Path, *flags: str) -> np.ndarray:
-    """The picture, of seed 42 unless the flags have another; int8 by the path that needs no conversion."""
+    """The image, of seed 42 unless the flags have another; int8 by the path that needs no conversion."""
     command = ["-m", checkpoint, "-c", "a hill", "--num_inference_steps", "6", "--output_dir", output_dir]
     engine = ["--engine", "torch"] if "-qm" in flags else []
     text2images.main([*map(str, command), "--dtype", "float32", *engine, *flags])
-    (picture,) = output_dir.glob("*seed *.png")
-    return np.asarray(Image.open(picture), dtype=float)
+    (file,) = output_dir.glob("*seed *.png")
+    return np.asarray(Image.open(file), dtype=float)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Captions and pictures as people have them: what stands in metadata, datasets and tars, and where."""
+"""Captions and images as people have them: what stands in metadata, datasets and tars, and where."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 import create_metadata as cm
 import train_text_to_image_qat as trainer
 from conftest import SIZE, tiny_pipeline
-from data import picture, stream, write_tar
+from data import encoded_image, stream, write_tar
 from models import parse
 
 # ---------------------------------------------------------------- one way in
@@ -232,7 +232,7 @@ def tar_of(folder: Path, members: dict[str, Any]) -> Path:
     folder.mkdir()
     content: dict[str, bytes] = {}
     for n in range(8):
-        content[f"{n:05d}.jpg"] = picture(n, "JPEG")
+        content[f"{n:05d}.jpg"] = encoded_image(n, "JPEG")
         for ending, text in members.items():
             text = text if isinstance(text, str) else json.dumps(text)
             content[f"{n:05d}.{ending}"] = text.replace("{n}", str(n)).encode()
@@ -263,7 +263,7 @@ def test_a_tar_with_a_bad_member_loses_nothing_else(tmp_path: Path, spoil: dict[
     folder, content = tmp_path / "tars", {}
     folder.mkdir()
     for n in range(8):
-        members = {"jpg": picture(n, "JPEG"), "txt": f"txt {n}".encode(), "json": b'{"caption": "x"}'}
+        members = {"jpg": encoded_image(n, "JPEG"), "txt": f"txt {n}".encode(), "json": b'{"caption": "x"}'}
         members |= spoil if n == 3 else {}
         content |= {f"{n:05d}.{ending}": data for ending, data in members.items()}
     write_tar(folder / "00000.tar", content)
@@ -272,13 +272,13 @@ def test_a_tar_with_a_bad_member_loses_nothing_else(tmp_path: Path, spoil: dict[
 
 
 def tar_with(path: Path, *members: str) -> Path:
-    """Pictures whose grey level, and texts whose digit, is their number among the names without ending."""
+    """Images whose grey level, and texts whose digit, is their number among the names without ending."""
     stems = list(dict.fromkeys(re.sub(r"\.\w+$", "", name) for name in members))
     path.parent.mkdir(exist_ok=True)
     content = {}
     for name in members:
         number = stems.index(re.sub(r"\.\w+$", "", name))
-        content[name] = f"{number}".encode() if name.endswith("txt") else picture(number)
+        content[name] = f"{number}".encode() if name.endswith("txt") else encoded_image(number)
     write_tar(path, content)
     return path.parent
 
@@ -302,7 +302,7 @@ def test_dots_in_the_names_of_a_tar(tmp_path: Path, stems: list[str]) -> None:
 
 
 def test_what_follows_the_first_dot_stays_a_column_where_it_is_one(tmp_path: Path) -> None:
-    """A mask is no picture of its own, and captions in other languages are asked for by their columns."""
+    """A mask is no image of its own, and captions in other languages are asked for by their columns."""
     names = [f"{n}.{ending}" for n in range(3) for ending in ("jpg", "mask.png", "txt", "de.txt")]
     assert read_stream(tar_with(tmp_path / "tars/0.tar", *names)).total() == 16
     dataset, _ = stream(tmp_path / "tars")
@@ -310,7 +310,7 @@ def test_what_follows_the_first_dot_stays_a_column_where_it_is_one(tmp_path: Pat
 
 
 @pytest.mark.parametrize("texts_first", [False, True])
-def test_captions_that_are_not_next_to_their_pictures(tmp_path: Path, texts_first: bool) -> None:
+def test_captions_that_are_not_next_to_their_images(tmp_path: Path, texts_first: bool) -> None:
     names = [f"{n}.{ending}" for ending in (("txt", "png") if texts_first else ("png", "txt")) for n in range(9)]
     with pytest.raises(
         trainer.UsageError, match="the first 9 pairs have no txt: .* next to each other.*tar --sort=name"
@@ -321,10 +321,10 @@ def test_captions_that_are_not_next_to_their_pictures(tmp_path: Path, texts_firs
         stream(tar_with(tmp_path / "many/0.tar", *names, "0.txt"))
 
 
-def test_what_macos_adds_to_a_tar_is_passed_over_and_later_tars_may_have_other_pictures(tmp_path: Path) -> None:
+def test_what_macos_adds_to_a_tar_is_passed_over_and_later_tars_may_have_other_images(tmp_path: Path) -> None:
     more = ["._0.png", "0.png", "._0.txt", "0.txt", "__MACOSX/._0.png", ".DS_Store", "readme.md"]
     folder = tar_with(tmp_path / "tars/0.tar", *more)
-    write_tar(folder / "1.tar", {"1.jpg": picture(1, "JPEG"), "1.txt": b"jpg"})
+    write_tar(folder / "1.tar", {"1.jpg": encoded_image(1, "JPEG"), "1.txt": b"jpg"})
     assert read_stream(folder).keys() == {"jpg", "1"}
     dataset, args = stream(folder)
     assert not any(dataset[key]["replaced"] for batch in dataset.micro_batches(range(8), args) for key in batch)
@@ -332,7 +332,9 @@ def test_what_macos_adds_to_a_tar_is_passed_over_and_later_tars_may_have_other_p
 
 def test_tars_in_capital_letters_compressed_one_level_down_or_as_pointers(tmp_path: Path) -> None:
     (tmp_path / "upper").mkdir()
-    pairs = {f"{n}.{ending}": data for n in range(2) for ending, data in (("JPG", picture(n, "JPEG")), ("TXT", b"t"))}
+    pairs = {
+        f"{n}.{ending}": data for n in range(2) for ending, data in (("JPG", encoded_image(n, "JPEG")), ("TXT", b"t"))
+    }
     write_tar(tmp_path / "upper/0.tar", pairs)
     assert read_stream(tmp_path / "upper") == {"t": 16}
     (tmp_path / "gz").mkdir()
@@ -362,9 +364,9 @@ def test_tars_whose_captions_cannot_be_used(tmp_path: Path, members: dict, flags
 def captioned_table(column: Any) -> Any:
     import datasets
 
-    pictures = [{"bytes": picture(n), "path": None} for n in range(4)]
+    images = [{"bytes": encoded_image(n), "path": None} for n in range(4)]
     features = datasets.Features({"image": datasets.Image(), "text": column[0]})
-    return datasets.Dataset.from_dict({"image": pictures, "text": column[1]}, features=features)
+    return datasets.Dataset.from_dict({"image": images, "text": column[1]}, features=features)
 
 
 def captions_of_dataset(tmp_path: Path, *flags: str) -> list[list[str]]:
@@ -381,7 +383,7 @@ def test_class_labels_of_datasets_and_folders(tmp_path: Path) -> None:
     for n in range(4):
         folder = tmp_path / "folders" / ("hill", "lake")[n % 2]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{n}.png").write_bytes(picture(n))
+        (folder / f"{n}.png").write_bytes(encoded_image(n))
     flags = ["--dataset_name", str(tmp_path / "folders"), "--caption_column", "label"]
     assert captions_of_dataset(tmp_path, *flags) == [["hill"], ["hill"], ["lake"], ["lake"]]
     streamed = parse(*flags, "--streaming", "--max_train_steps", "1", "--cache_dir", str(tmp_path / "cache"))
@@ -401,7 +403,7 @@ def test_captions_of_a_dataset_that_cannot_be_used_end_the_run(tmp_path: Path) -
 @pytest.mark.parametrize("flag", ["--dataset_name", "--train_data_dir"])
 @pytest.mark.parametrize("kind", ["save_to_disk", "dict", "parquet", "bytes"])
 def test_datasets_on_disk_load(tmp_path: Path, kind: str, flag: str) -> None:
-    """Whichever flag names them, whatever holds the pictures, all at once or as a stream."""
+    """Whichever flag names them, whatever holds the images, all at once or as a stream."""
     import datasets
     import pyarrow
     from pyarrow import parquet
@@ -416,7 +418,7 @@ def test_datasets_on_disk_load(tmp_path: Path, kind: str, flag: str) -> None:
         table.to_parquet(folder / "data/train.parquet")
     else:  # no features: bytes as they are
         folder.mkdir()
-        rows = {"jpg": [picture(n) for n in range(4)], "caption": words}
+        rows = {"jpg": [encoded_image(n) for n in range(4)], "caption": words}
         parquet.write_table(pyarrow.table(rows), folder / "00000.parquet")
     flags = [flag, str(folder), "--cache_dir", str(tmp_path / "cache"), "--proportion_empty_prompts", "0"]
     if flag == "--train_data_dir":
@@ -510,7 +512,7 @@ def test_rows_that_img2dataset_could_not_download_are_left_out_and_counted(
     from pyarrow import parquet
 
     there = [True, False, True, False]
-    rows = {"jpg": [picture(n) if there[n] else None for n in range(4)], "caption": [f"{n}" for n in range(4)]}
+    rows = {"jpg": [encoded_image(n) if there[n] else None for n in range(4)], "caption": [f"{n}" for n in range(4)]}
     rows["status"] = ["success" if each else "failed_to_download" for each in there]
     parquet.write_table(pyarrow.table(rows), tmp_path / "00000.parquet")
     args = parse(
@@ -578,7 +580,7 @@ def test_a_file_may_be_given_in_the_place_of_its_folder(tmp_path: Path, name: st
         "meta_cap.json": json.dumps({"a": {"caption": "a"}}, indent=4),
     }
     (tmp_path / name).write_text(texts[name])
-    (tmp_path / "a.jpg").write_bytes(picture(1))
+    (tmp_path / "a.jpg").write_bytes(encoded_image(1))
     dataset = trainer.load_dataset(parse_data(flag, tmp_path / name), [tiny_pipeline().tokenizer])
     assert dataset.rows == [(str(tmp_path / "a.jpg"), "a")]
 
@@ -594,7 +596,7 @@ def test_a_file_may_be_given_in_the_place_of_its_folder(tmp_path: Path, name: st
     ],
 )
 def test_a_file_that_is_no_metadata_gets_its_remedy(tmp_path: Path, flag: str, name: str, message: str) -> None:
-    (tmp_path / name).write_bytes(picture(1))
+    (tmp_path / name).write_bytes(encoded_image(1))
     with pytest.raises(trainer.UsageError) as refused:
         trainer.load_dataset(parse_data(flag, tmp_path / name), [tiny_pipeline().tokenizer])
     assert message.format(tmp_path) in str(refused.value)
@@ -622,7 +624,7 @@ SPELLINGS = {  # on the disk, in the metadata
 def test_files_are_found_by_the_spelling_of_windows_and_macos(tmp_path: Path, caplog) -> None:
     for name in (*SPELLINGS, "EXACT.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(picture(1))
+        (tmp_path / name).write_bytes(encoded_image(1))
     write_rows(tmp_path, [{"file_name": name, "text": "a"} for name in SPELLINGS.values()])
     dataset = trainer.load_dataset(parse_folder(tmp_path), [tiny_pipeline().tokenizer])
     assert [path for path, _ in dataset.rows] == [f"{tmp_path}/{name}" for name in SPELLINGS]
@@ -631,7 +633,7 @@ def test_files_are_found_by_the_spelling_of_windows_and_macos(tmp_path: Path, ca
 
 def test_a_name_that_fits_two_files_is_not_guessed_and_missing_ones_are_counted(tmp_path: Path, caplog) -> None:
     for name in ("Two.jpg", "TWO.jpg", *(f"{n}.jpg" for n in range(18))):
-        (tmp_path / name).write_bytes(picture(1))
+        (tmp_path / name).write_bytes(encoded_image(1))
     names = ["two.jpg", "gone.jpg", *(f"{n}.jpg" for n in range(18))]
     write_rows(tmp_path, [{"file_name": name, "text": "a"} for name in names])
     trainer.load_dataset(parse_folder(tmp_path), [tiny_pipeline().tokenizer])
@@ -708,20 +710,18 @@ def parse_folder(folder: Path, *flags: str) -> Any:
 def test_backslashes_of_windows_are_slashes_unless_they_are_part_of_a_name(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for name in ("images/a.jpg", "images\\b.jpg"):
-        (tmp_path / name).write_bytes(picture(1))
+        (tmp_path / name).write_bytes(encoded_image(1))
     write_rows(tmp_path, [{"file_name": name, "text": "x"} for name in ("images\\a.jpg", "images\\b.jpg")])
     paths = [path for path, _ in trainer.read_metadata(tmp_path, "file_name", "text")]
     assert paths == [f"{tmp_path}/images/a.jpg", f"{tmp_path}/images\\b.jpg"]
 
 
 @pytest.mark.parametrize(("mine", "remedy"), [(True, "run create_metadata.py --image_path"), (False, "mend them")])
-def test_the_first_picture_that_fails_is_named_with_its_own_error(
-    train, tmp_path: Path, mine: bool, remedy: str
-) -> None:
+def test_the_first_image_that_fails_is_named_with_its_own_error(train, tmp_path: Path, mine: bool, remedy: str) -> None:
     for n in range(2):
         (tmp_path / f"{n}.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(500))
         (tmp_path / f"{n}.txt").write_text("x")
-    (tmp_path / "2.jpg").write_bytes(picture(1))
+    (tmp_path / "2.jpg").write_bytes(encoded_image(1))
     (tmp_path / "2.txt").write_text("x")
     if mine:
         cm.main(["--image_path", str(tmp_path), "--no_verify"])
@@ -735,7 +735,7 @@ def test_the_first_picture_that_fails_is_named_with_its_own_error(
     assert ("--overwrite" in message) is mine
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def png_with_text(size: int) -> bytes:
@@ -757,7 +757,7 @@ def test_a_sound_png_with_megabytes_of_text_is_used(megabytes: int) -> None:
         (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "a JPEG XL image"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
         (b"", "an empty file"),
-        (b"no picture", "no image in a format that is read"),
+        (b"no image", "no image in a format that is read"),
         (None, "there is no image"),
         ({"bytes": None, "path": None}, "there is no image"),
         ([1, 2], "a list is no image"),
@@ -765,14 +765,14 @@ def test_a_sound_png_with_megabytes_of_text_is_used(megabytes: int) -> None:
         ("/9j/" * 5000, "no path"),
     ],
 )
-def test_what_is_no_picture_is_named(data: Any, message: str) -> None:
+def test_what_is_no_image_is_named(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer.read_image(data)
 
 
-def test_a_picture_may_come_in_any_form(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture(9))
-    forms = [str(tmp_path / "a.png"), picture(9), {"bytes": picture(9), "path": "gone.png"}]
+def test_an_image_may_come_in_any_form(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded_image(9))
+    forms = [str(tmp_path / "a.png"), encoded_image(9), {"bytes": encoded_image(9), "path": "gone.png"}]
     forms += [{"bytes": None, "path": str(tmp_path / "a.png")}, Image.open(tmp_path / "a.png")]
     for form in forms:
         assert trainer.read_image(form).getpixel((0, 0)) == (9, 9, 9)

@@ -336,8 +336,8 @@ def test_the_printed_next_command_generates_what_was_trained(
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("next: ")]
     command = shlex.split(line.removeprefix("next: "))
     assert command[0] == "python"
-    generated = run_command(*command, "--output_dir", tmp_path / "pictures", "--num_inference_steps", "2")
-    assert generated.returncode == 0 and list((tmp_path / "pictures").glob("*.png"))
+    generated = run_command(*command, "--output_dir", tmp_path / "images", "--num_inference_steps", "2")
+    assert generated.returncode == 0 and list((tmp_path / "images").glob("*.png"))
 
 
 def test_the_next_command_names_what_the_checkpoint_does_not(train, checkpoint: Path, tmp_path: Path, caplog) -> None:
@@ -348,7 +348,7 @@ def test_the_next_command_names_what_the_checkpoint_does_not(train, checkpoint: 
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("next: ")]
     assert f"--height={SIZE} --width={SIZE} --disable_safety_checker" in line
     flags = shlex.split(line.removeprefix("next: "))[2:]
-    text2images.main([*flags, "--num_inference_steps", "1", "--output_dir", str(tmp_path / "pictures")])
+    text2images.main([*flags, "--num_inference_steps", "1", "--output_dir", str(tmp_path / "images")])
 
 
 # ---------------------------------------------------------------- samplers
@@ -381,7 +381,7 @@ def test_whatever_sampler_a_checkpoint_was_saved_with_the_chosen_one_is_the_same
         assert torch.equal(ours.timesteps, expected.timesteps), choice
 
 
-def test_a_sampler_over_another_generates_the_picture_of_the_base(model_dir: Path, tmp_path: Path) -> None:
+def test_a_sampler_over_another_generates_the_image_of_the_base(model_dir: Path, tmp_path: Path) -> None:
     for choice in text2images.SCHEDULERS:
         expected = generate_image(model_dir, tmp_path / choice, "--scheduler", choice)
         if choice == "ddim":  # the base's own settings are those of Stable Diffusion
@@ -390,7 +390,7 @@ def test_a_sampler_over_another_generates_the_picture_of_the_base(model_dir: Pat
             folder = shutil.copytree(model_dir, tmp_path / f"{source} for {choice}")
             edit(folder / "model_index.json", scheduler=["diffusers", text2images.SCHEDULERS[source]])
             saved_scheduler(source, "betas", folder / "scheduler")
-            assert psnr(generate_image(folder, folder / "pictures", "--scheduler", choice), expected) > 35, (
+            assert psnr(generate_image(folder, folder / "images", "--scheduler", choice), expected) > 35, (
                 source,
                 choice,
             )

@@ -23,12 +23,12 @@ from dirty_corpus import burdened, encoded, ftyp, huge_png, png_with
 SCRIPT = Path(cm.__file__)
 
 
-def picture(mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Image.Image:
+def gradient(mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Image.Image:
     image = Image.radial_gradient("L").resize(size)
     return image.convert(mode) if mode != "I;16" else image.convert("I").point(lambda v: v * 200).convert("I;16")
 
 
-JPEG = encoded(picture())
+JPEG = encoded(gradient())
 
 
 def put(folder: Path, name: str, content: bytes | str) -> Path:
@@ -82,7 +82,7 @@ NASTY_NAMES = [
 
 def test_every_name_gets_its_row(tmp_path):
     for name in NASTY_NAMES:
-        put_pair(tmp_path, name, f"this is {name!r}", encoded(picture(), "PNG"))
+        put_pair(tmp_path, name, f"this is {name!r}", encoded(gradient(), "PNG"))
     cm.main(["--image_path", str(tmp_path)])
     assert written(tmp_path) == [(name, f"this is {name!r}") for name in sorted(NASTY_NAMES)]
 
@@ -99,7 +99,7 @@ def test_datasets_reads_every_row(tmp_path):
     datasets = pytest.importorskip("datasets")
     folder = tmp_path / "images"
     for name in NASTY_NAMES:
-        put_pair(folder, name, "null", encoded(picture(size=(8, 8)), "PNG"))
+        put_pair(folder, name, "null", encoded(gradient(size=(8, 8)), "PNG"))
     cm.main(["-p", str(folder)])
     files = {"train": [str(folder / "metadata.jsonl"), *(str(folder / name) for name in NASTY_NAMES[:2])]}
     rows = datasets.load_dataset("imagefolder", data_files=files, cache_dir=str(tmp_path / "cache"), split="train")
@@ -307,35 +307,35 @@ def test_a_csv_holds_one_caption_of_several(tmp_path, capsys):
     assert sorted(listing(tmp_path)) == ["a.jpg", "a.json"]
 
 
-# ---------------------------------------------------------------------------------------------- the pictures
+# ---------------------------------------------------------------------------------------------- the images
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "YCbCr"])
 def test_good_jpeg(tmp_path, mode):
-    put(tmp_path, "a.jpg", encoded(picture(mode), progressive=True))
+    put(tmp_path, "a.jpg", encoded(gradient(mode), progressive=True))
     assert cm.image_problem(str(tmp_path / "a.jpg"), []) is None
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
 def test_good_png(tmp_path, mode):
-    put(tmp_path, "a.png", encoded(picture(mode), "PNG"))
+    put(tmp_path, "a.png", encoded(gradient(mode), "PNG"))
     assert cm.image_problem(str(tmp_path / "a.png"), []) is None
 
 
-def test_other_good_pictures(tmp_path):
+def test_other_good_images(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    frames = [picture("P"), Image.new("P", (24, 16))]
+    frames = [gradient("P"), Image.new("P", (24, 16))]
     good = {
-        "rotated.jpg": encoded(picture(), exif=exif),
+        "rotated.jpg": encoded(gradient(), exif=exif),
         "animated.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
-        "animated too.webp": encoded(picture(), "WEBP", save_all=True, append_images=[frames[1]]),
-        "tiny.png": encoded(picture(size=(1, 1)), "PNG"),
-        "long.jpg": encoded(picture(size=(12000, 40))),
-        "a.bmp": encoded(picture(), "BMP"),
-        "b.tiff": encoded(picture(), "TIFF"),
-        "really a png.jpg": encoded(picture(), "PNG"),
-        "two frames.jpg": encoded(picture(), "MPO", save_all=True, append_images=[picture()]),
+        "animated too.webp": encoded(gradient(), "WEBP", save_all=True, append_images=[frames[1]]),
+        "tiny.png": encoded(gradient(size=(1, 1)), "PNG"),
+        "long.jpg": encoded(gradient(size=(12000, 40))),
+        "a.bmp": encoded(gradient(), "BMP"),
+        "b.tiff": encoded(gradient(), "TIFF"),
+        "really a png.jpg": encoded(gradient(), "PNG"),
+        "two frames.jpg": encoded(gradient(), "MPO", save_all=True, append_images=[gradient()]),
     }
     for name, data in good.items():
         put_pair(tmp_path, name, image=data)
@@ -347,13 +347,13 @@ def test_other_good_pictures(tmp_path):
     ("data", "reason"),
     [
         (b"", cm.ZERO_BYTES),
-        (b"this is a text, not a picture\n" * 30, cm.NOT_AN_IMAGE),
+        (b"this is a text, not an image\n" * 30, cm.NOT_AN_IMAGE),
         (b"<html><body>404</body></html>", cm.NOT_AN_IMAGE),
         (b"\0\0\0\x18ftypisom" + b"x" * 99, cm.NOT_AN_IMAGE),  # mp4
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", cm.unread("EPS")),
         (b"\xff\x0a" + b"x" * 99, cm.unread("JXL")),
         (b"\0\0\0\x0cJXL \r\n\x87\n" + b"x" * 99, cm.unread("JXL")),
-        (encoded(picture(), "JPEG2000"), cm.unread("JP2")),
+        (encoded(gradient(), "JPEG2000"), cm.unread("JP2")),
         (b"\n<svg xmlns='x'/>", cm.unread("SVG")),
         (b"<?xml version='1.0'?>\n<!-- -->\n<svg/>", cm.unread("SVG")),
         (b"8BPS\0\1" + b"x" * 99, cm.unread("PSD")),
@@ -365,8 +365,8 @@ def test_other_good_pictures(tmp_path):
         (png_with((b"gAMA", b"1")), cm.DAMAGED),
         (JPEG[: len(JPEG) // 2], cm.DAMAGED),
         (JPEG[:-2], cm.DAMAGED),
-        (encoded(picture(), "PNG")[:60], cm.DAMAGED),
-        (encoded(picture(), "WEBP")[:-20], cm.DAMAGED),
+        (encoded(gradient(), "PNG")[:60], cm.DAMAGED),
+        (encoded(gradient(), "WEBP")[:-20], cm.DAMAGED),
         (huge_png(9_600), cm.TOO_LARGE),  # 92 megapixels, of which Pillow itself only warns
         (huge_png(60_000), cm.TOO_LARGE),
     ],
@@ -390,7 +390,7 @@ def test_heic_under_another_name_is_named_as_such(tmp_path, without_heif, brand)
     assert cm.image_problem(str(put(tmp_path, "a.jpg", ftyp(brand))), []) == cm.unread("HEIC")
 
 
-def test_pictures_that_are_not_read_are_named_by_format(tmp_path, without_heif, caplog):
+def test_images_that_are_not_read_are_named_by_format(tmp_path, without_heif, caplog):
     put_pair(tmp_path, "good.jpg")
     put(tmp_path, "good.psd", "8BPS")
     for name in ("0.HEIC", "1.heic", "2.heif", "3.hif", "4.jxl", "5.CR2", "6.svg", "sub/7.tga"):
@@ -427,11 +427,11 @@ def register_heif_opener():
 
 
 @pytest.fixture(params=["a stand-in", "pillow-heif"])
-def heif_picture(request, tmp_path, monkeypatch):
-    """The bytes of a HEIC picture, which can be read."""
+def heif_image(request, tmp_path, monkeypatch):
+    """The bytes of a HEIC image, which can be read."""
     if request.param == "pillow-heif":
         pytest.importorskip("pillow_heif").register_heif_opener()
-        data = encoded(picture(), "HEIF")
+        data = encoded(gradient(), "HEIF")
     else:
         put(tmp_path, "modules/pillow_heif.py", STAND_IN_FOR_PILLOW_HEIF)
         monkeypatch.syspath_prepend(tmp_path / "modules")
@@ -446,20 +446,20 @@ def heif_picture(request, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_heic_is_read_where_pillow_heif_is(tmp_path, heif_picture, workers):
+def test_heic_is_read_where_pillow_heif_is(tmp_path, heif_image, workers):
     folder = tmp_path / "pairs"
     names = [f"{key:02d}{extension}" for key, extension in enumerate([".HEIC", ".heif", ".hif", ".jpg"] * 9)]
     for name in names:
-        put_pair(folder, name, image=heif_picture)
+        put_pair(folder, name, image=heif_image)
     put_pair(folder, "cut.heic", image=b"\0\0\0\x18ftypheix" + b"x" * 99)
-    put_pair(folder, "avif.png", image=encoded(picture(), "AVIF"))
+    put_pair(folder, "avif.png", image=encoded(gradient(), "AVIF"))
     rows, left_out, _ = collect(folder, "--num_workers", workers)
     assert [name for name, _ in rows] == [*names, "avif.png"]
     assert left_out == {cm.DAMAGED: 1}
 
 
 @pytest.mark.parametrize("case", burdened(), ids=lambda case: case.name)
-def test_sound_pictures_with_much_or_broken_data_beside_the_pixels(tmp_path, case):
+def test_sound_images_with_much_or_broken_data_beside_the_pixels(tmp_path, case):
     case.write(tmp_path)
     assert collect(tmp_path) == ([*case.rows.items()], {}, case.remarks)
 
@@ -467,13 +467,13 @@ def test_sound_pictures_with_much_or_broken_data_beside_the_pixels(tmp_path, cas
 def test_text_of_a_png_is_bounded(tmp_path):
     bomb = zlib.compress(bytes(cm.MAX_PNG_TEXT + 1))
     sixty = zlib.compress(b"x" * (60 << 20))
-    pictures = {
+    images = {
         "one text.png": png_with((b"zTXt", b"w\0\0" + bomb)),
         "international.png": png_with((b"iTXt", b"w\0\1\0\0\0" + bomb), at_end=True),
         "color profile.png": png_with((b"iCCP", b"p\0\0" + bomb)),
         "many texts.png": png_with(*[(b"zTXt", b"%d\0\0" % key + sixty) for key in range(3)]),
     }
-    for name, data in pictures.items():
+    for name, data in images.items():
         put_pair(tmp_path, name, image=data)
     put_pair(tmp_path, "good.png", image=png_with(*[(b"zTXt", b"%d\0\0" % key + sixty) for key in range(2)]))
     assert collect(tmp_path) == ([("good.png", "a caption")], {cm.MUCH_TEXT: 4}, {})
@@ -484,7 +484,7 @@ def test_damaged_exif_data_does_not_hide_damaged_pixels(tmp_path):
     assert cm.image_problem(str(put(tmp_path, "a.png", data[:-25])), []) == cm.DAMAGED
 
 
-def test_a_disk_error_in_a_picture_is_no_damage(tmp_path, monkeypatch):
+def test_a_disk_error_in_an_image_is_no_damage(tmp_path, monkeypatch):
     path = put(tmp_path, "a.jpg", JPEG)
 
     class Failing(io.FileIO):
@@ -496,7 +496,7 @@ def test_a_disk_error_in_a_picture_is_no_damage(tmp_path, monkeypatch):
 
 
 def test_a_jpeg_cut_anywhere_is_found(tmp_path):
-    """Decoding an eighth of the picture finds exactly what decoding all of it would."""
+    """Decoding an eighth of the image finds exactly what decoding all of it would."""
     data = encoded(Image.effect_noise((200, 120), 60).convert("RGB"), quality=90)
     for length in [*random.Random(0).sample(range(len(data)), 60), len(data) - 3, len(data) - 1, len(data)]:
         path = put(tmp_path, "a.jpg", data[:length])
@@ -510,13 +510,13 @@ def test_a_jpeg_cut_anywhere_is_found(tmp_path):
 
 
 def test_files_that_may_not_be_read(tmp_path, monkeypatch):
-    for stem in ("good", "secret picture", "secret caption"):
+    for stem in ("good", "secret image", "secret caption"):
         put_pair(tmp_path, f"{stem}.jpg")
     put_pair(tmp_path, "closed/a.jpg")
     real_open, real_scandir = open, os.scandir
 
     def guarded_open(path, *args, **kwargs):
-        if str(path).endswith(("secret picture.jpg", "secret caption.txt")):
+        if str(path).endswith(("secret image.jpg", "secret caption.txt")):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return real_open(path, *args, **kwargs)
 
@@ -679,7 +679,7 @@ def test_max_samples_takes_the_first_good_ones(tmp_path):
     assert left_out == {cm.ZERO_BYTES: 1}
 
 
-def test_no_verify_opens_no_picture(tmp_path):
+def test_no_verify_opens_no_image(tmp_path):
     put_pair(tmp_path, "a.jpg", image=b"")
     assert collect(tmp_path, "--no_verify") == ([("a.jpg", "a caption")], {}, {})
 

@@ -1,4 +1,4 @@
-"""The scripts on a CUDA device: the same model and the same pictures as on a CPU. Skipped where there is none."""
+"""The scripts on a CUDA device: the same model and the same images as on a CPU. Skipped where there is none."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def train(output_dir: Path, model: Path, data: Path, size: int, *flags: str) -> 
 def generate(output_dir: Path, *flags: str | Path) -> np.ndarray:
     command = ["-m", MODEL, "-c", "a green hill", "--num_inference_steps", "10", "--output_dir", output_dir, *flags]
     text2images.main(list(map(str, command)))
-    (picture,) = output_dir.glob("*seed 42.png")
-    return np.asarray(Image.open(picture), dtype=float)
+    (file,) = output_dir.glob("*seed 42.png")
+    return np.asarray(Image.open(file), dtype=float)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -61,16 +61,16 @@ def test_cached_latents_and_resuming_on_cuda(model_dir: Path, data_dir: Path, tm
     assert resumed["training"]["steps"] == 4
 
 
-def test_pictures_on_cuda_are_those_of_the_cpu(data_dir: Path, tmp_path: Path, monkeypatch) -> None:
+def test_images_on_cuda_are_those_of_the_cpu(data_dir: Path, tmp_path: Path, monkeypatch) -> None:
     train(tmp_path / "out", MODEL, data_dir, 64, "--max_train_steps", "0")
-    pictures = {}
+    images = {}
     for name, flags in {"fp32": [], "int8": ["-qm", tmp_path / "out"]}.items():
-        pictures[name] = generate(tmp_path / name, "--dtype", "float32", *flags)
+        images[name] = generate(tmp_path / name, "--dtype", "float32", *flags)
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: False)
             on_cpu = generate(tmp_path / f"{name} cpu", "--dtype", "float32", *flags)
-        assert 10 * np.log10(255**2 / np.square(pictures[name] - on_cpu).mean()) > 35, name
+        assert 10 * np.log10(255**2 / np.square(images[name] - on_cpu).mean()) > 35, name
     generate(tmp_path / "bf16", "-qm", tmp_path / "out", "--dtype", "bfloat16", "--batch_size", "3", "-n", "1")
     row = json.loads((tmp_path / "int8/results.jsonl").read_text())
     assert row["precision"] == "int8" and row["paired_guidance"]
-    assert 10 * np.log10(255**2 / np.square(pictures["int8"] - pictures["fp32"]).mean()) > 35
+    assert 10 * np.log10(255**2 / np.square(images["int8"] - images["fp32"]).mean()) > 35

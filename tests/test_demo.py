@@ -185,11 +185,11 @@ def test_a_folder_of_images_is_checked(tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "left out: 1 with a caption that is not of scenes.py, 1 without an image" in printed
     result = json.loads((tmp_path / "out.json").read_text())
-    assert len(result["pictures"]) == 12
+    assert len(result["images"]) == 12
     asked = [check_scenes.parse_caption(caption) for caption in captions]
-    assert [row["asked"] for row in result["pictures"]] == asked
+    assert [row["asked"] for row in result["images"]] == asked
     for name, row in result["attributes"].items():
-        assert row["pictures"] == sum(name in facts for facts in asked)
+        assert row["images"] == sum(name in facts for facts in asked)
         assert row["percent_as_asked"] >= 90
         assert f"{row['percent_as_asked']:.1f} %" in next(
             line for line in printed.splitlines() if line.startswith(name)
@@ -277,7 +277,7 @@ def test_bundled_model_generates_what_is_asked(tmp_path: Path) -> None:
         + ["--json", str(tmp_path / "out.json"), "--min_accuracy", "75"]
     )
     result = json.loads((tmp_path / "out.json").read_text())
-    assert len(result["pictures"]) == 24
+    assert len(result["images"]) == 24
     assert min(result["attributes"][name]["percent_as_asked"] for name in ("sky", "mountains", "ground")) >= 75
 
 

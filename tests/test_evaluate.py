@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 import evaluate
 from conftest import ROOT
-from data import FACTS, folder, pictures
+from data import FACTS, folder, noise_images
 
 pytestmark = pytest.mark.usefixtures("empty_hub")
 
@@ -37,9 +37,9 @@ def test_interval_holds_the_mean_and_narrows_with_the_sample() -> None:
 
 
 def test_report_of_three_folders(tmp_path: Path, capsys) -> None:
-    reference = folder(tmp_path / "fp32", pictures(6), precision="fp32", seconds=8.0)
-    near = folder(tmp_path / "near", pictures(5, shift=1))
-    far = folder(tmp_path / "far", pictures(6, shift=10))
+    reference = folder(tmp_path / "fp32", noise_images(6), precision="fp32", seconds=8.0)
+    near = folder(tmp_path / "near", noise_images(5, shift=1))
+    far = folder(tmp_path / "far", noise_images(6, shift=10))
     evaluate.main([str(reference), str(far), str(near)])
     summary = json.loads((near / "report.json").read_text())
     assert summary["pairs"] == 5
@@ -56,11 +56,11 @@ def test_report_of_three_folders(tmp_path: Path, capsys) -> None:
     left, top = 3 * 8 + 2 * 256, 28 + 44  # of the first difference
     assert sheet.getpixel((left + 9, top + 9)) == (20, 20, 20)  # one level, times 20
     reference_tile = sheet.crop((8, top, 8 + 256, top + 256)).resize((16, 16), Image.Resampling.NEAREST)
-    assert any(np.array_equal(np.asarray(reference_tile), pixels) for pixels in pictures(5).values())
+    assert any(np.array_equal(np.asarray(reference_tile), pixels) for pixels in noise_images(5).values())
 
 
 def test_gate_of_min_psnr(tmp_path: Path) -> None:
-    reference, other = folder(tmp_path / "a", pictures(2)), folder(tmp_path / "b", pictures(2, shift=10))
+    reference, other = folder(tmp_path / "a", noise_images(2)), folder(tmp_path / "b", noise_images(2, shift=10))
     evaluate.main([str(reference), str(other), "--min_psnr", "28"])
     with pytest.raises(SystemExit) as left:
         evaluate.main([str(reference), str(other), "--min_psnr", "28.2"])
@@ -68,9 +68,9 @@ def test_gate_of_min_psnr(tmp_path: Path) -> None:
 
 
 def test_folders_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
-    reference = folder(tmp_path / "a", pictures(2))
+    reference = folder(tmp_path / "a", noise_images(2))
     with pytest.raises(evaluate.UsageError, match="generated with steps 9, not 4"):
-        evaluate.main([str(reference), str(folder(tmp_path / "b", pictures(2), steps=9))])
+        evaluate.main([str(reference), str(folder(tmp_path / "b", noise_images(2), steps=9))])
     stranger = folder(tmp_path / "c", {("another", 0): np.zeros((16, 16, 3), np.uint8)})
     with pytest.raises(evaluate.UsageError, match="no caption and seed is in all"):
         evaluate.main([str(reference), str(stranger)])
@@ -94,7 +94,7 @@ def test_frechet_distance_of_known_normal_distributions() -> None:
     expected = 3 * 2**2 + 0.5**2 + 1**2 + 4**2
     assert evaluate.frechet_distance(first, second) == pytest.approx(expected)
     assert evaluate.frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
-    wide = torch.randn(5, 40, dtype=torch.float64)  # fewer pictures than features
+    wide = torch.randn(5, 40, dtype=torch.float64)  # fewer images than features
     assert evaluate.frechet_distance(wide, 3 + wide) == pytest.approx(40 * 9)
 
 
@@ -141,7 +141,7 @@ def small_inception() -> dict[str, torch.Tensor]:
 
 
 def test_inception_features_are_those_of_torch_fidelity() -> None:
-    """The figures are what torch-fidelity 0.4.0 makes of the same picture with the same weights."""
+    """The figures are what torch-fidelity 0.4.0 makes of the same image with the same weights."""
     torch.manual_seed(0)
     x = (torch.arange(3 * 299 * 299) * 7919 % 251 - 128).view(1, 3, 299, 299) / 128
     expected = [9.00963e-4, 2.06137e-5, 1.19799e-2, 8.88090e-6, 1.01153e-5, 1.75504e-4, 5.96555e-4, 2.14038e-3]
@@ -172,8 +172,8 @@ def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_lpips_and_fid_with_weights_on_disk(networks: Path, empty_hub: Path, tmp_path: Path, capsys) -> None:
-    reference = folder(tmp_path / "fp32", pictures(6, edge=48))
-    folders = [reference] + [folder(tmp_path / f"{shift}", pictures(6, shift, 48)) for shift in (40, 3, 0)]
+    reference = folder(tmp_path / "fp32", noise_images(6, edge=48))
+    folders = [reference] + [folder(tmp_path / f"{shift}", noise_images(6, shift, 48)) for shift in (40, 3, 0)]
     evaluate.main([*map(str, folders)])
     assert "LPIPS, FID, CLIP score: not measured" in capsys.readouterr().out and not any(empty_hub.iterdir())
     evaluate.main([*map(str, folders), "--download"])
@@ -194,7 +194,7 @@ def test_lpips_and_fid_with_weights_on_disk(networks: Path, empty_hub: Path, tmp
 
 
 def test_damaged_weights_are_named(networks: Path, empty_hub: Path, tmp_path: Path) -> None:
-    folders = [str(folder(tmp_path / name, pictures(2, edge=48))) for name in ("a", "b")]
+    folders = [str(folder(tmp_path / name, noise_images(2, edge=48))) for name in ("a", "b")]
     name = evaluate.INCEPTION.rpartition("/")[2]
     (networks / name).write_bytes(b"not what was published")
     with pytest.raises(evaluate.UsageError, match=f"{name}.*invalid hash value"):
@@ -216,8 +216,8 @@ def test_clip_score_is_the_cosine_of_both_embeddings(tmp_path: Path, capsys) -> 
         part.save_pretrained(tmp_path / "clip")
 
     made = {
-        ("a lake", 0): pictures(1)["a caption", 0],
-        ("a very " * 100 + "large mountain", 1): pictures(2)["a caption", 1],
+        ("a lake", 0): noise_images(1)["a caption", 0],
+        ("a very " * 100 + "large mountain", 1): noise_images(2)["a caption", 1],
     }
     reference, other = folder(tmp_path / "a", made), folder(tmp_path / "b", made)
     evaluate.main([str(reference), str(other), "--clip_model", str(tmp_path / "clip")])
@@ -249,7 +249,7 @@ def test_clip_score_is_the_cosine_of_both_embeddings(tmp_path: Path, capsys) -> 
 
 
 def test_clip_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    folders = [str(folder(tmp_path / name, pictures(2))) for name in ("a", "b")]
+    folders = [str(folder(tmp_path / name, noise_images(2))) for name in ("a", "b")]
     with pytest.raises(evaluate.UsageError, match="--clip_model nowhere/at-all: .*name a folder, or --download"):
         evaluate.main([*folders, "--clip_model", "nowhere/at-all"])
 
@@ -272,7 +272,7 @@ def test_clip_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_row_is_named(tmp_path: Path, line: str, message: str) -> None:
-    first, second = (folder(tmp_path / name, pictures(2)) for name in "ab")
+    first, second = (folder(tmp_path / name, noise_images(2)) for name in "ab")
     with open(second / "results.jsonl", "a", encoding="latin-1") as file:
         file.write(line + "\n")
     with pytest.raises(evaluate.UsageError, match=f"{second}/results.jsonl, .*{message}"):
@@ -284,22 +284,22 @@ def test_a_damaged_row_is_named(tmp_path: Path, line: str, message: str) -> None
     [
         (lambda file: file.unlink(), "No such file"),
         (lambda file: file.write_bytes(file.read_bytes()[:60]), "truncated"),
-        (lambda file: file.write_bytes(b"no picture"), "cannot identify"),
+        (lambda file: file.write_bytes(b"no image"), "cannot identify"),
     ],
 )
-def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, spoil, message: str) -> None:
-    first, second = (folder(tmp_path / name, pictures(2)) for name in "ab")
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, spoil, message: str) -> None:
+    first, second = (folder(tmp_path / name, noise_images(2)) for name in "ab")
     spoil(second / "1.png")
     with pytest.raises(evaluate.UsageError, match=f"{second}/1.png: .*{message}.*; generate it again"):
         evaluate.main([str(first), str(second)])
     assert not (second / "report.json").exists()
 
 
-def test_a_folder_that_cannot_be_written_to_and_pictures_that_differ_in_clip_skip(tmp_path: Path) -> None:
-    first, second = (folder(tmp_path / name, pictures(2)) for name in "ab")
+def test_a_folder_that_cannot_be_written_to_and_images_that_differ_in_clip_skip(tmp_path: Path) -> None:
+    first, second = (folder(tmp_path / name, noise_images(2)) for name in "ab")
     with pytest.raises(evaluate.UsageError, match="--output_dir .* cannot be written to: Not a directory"):
         evaluate.main([str(first), str(second), "--output_dir", str(first / "0.png" / "x")])
-    third = folder(tmp_path / "c", pictures(2), clip_skip=1)
+    third = folder(tmp_path / "c", noise_images(2), clip_skip=1)
     with pytest.raises(evaluate.UsageError, match="generated with clip_skip 1, not None"):
         evaluate.main([str(first), str(third)])
 
@@ -313,7 +313,10 @@ def test_lpips_weights_in_one_file_are_those_of_the_two(networks: Path, tmp_path
     ours = evaluate.lpips_weights(tmp_path / "lpips.safetensors", download=False)
     for mine, theirs in zip(ours, (alexnet, heads)):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    first, second = folder(tmp_path / "a", pictures(2, edge=64)), folder(tmp_path / "b", pictures(2, 9, edge=64))
+    first, second = (
+        folder(tmp_path / "a", noise_images(2, edge=64)),
+        folder(tmp_path / "b", noise_images(2, 9, edge=64)),
+    )
     evaluate.main([str(first), str(second), "--lpips_weights", str(tmp_path / "lpips.safetensors")])
     assert "LPIPS |" in capsys.readouterr().out
 
@@ -325,6 +328,6 @@ def test_lpips_weights_that_cannot_be_used_are_refused(tmp_path: Path, spoil: st
         file.write_text("no tensors")
     if spoil == "other":
         save_file({"conv0.weight": torch.zeros(1)}, file)
-    folders = [str(folder(tmp_path / name, pictures(1))) for name in "ab"]
+    folders = [str(folder(tmp_path / name, noise_images(1))) for name in "ab"]
     with pytest.raises(evaluate.UsageError, match=f"--lpips_weights {file}: .*see --help"):
         evaluate.main([*folders, "--lpips_weights", str(file)])

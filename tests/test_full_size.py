@@ -59,18 +59,18 @@ def measured(*command: str | Path) -> tuple[str, float, float]:
 
 @pytest.mark.full
 def test_sd_v1_5_trains_and_generates_within_24_gb(tmp_path: Path) -> None:
-    pictures, output, model = (
-        tmp_path / "pictures",
+    images, output, model = (
+        tmp_path / "images",
         tmp_path / "out",
         make(full_size.write_random_sd15, tmp_path / "sd15"),
     )
-    measured("demo/scenes.py", "--output_dir", pictures, "--count", "4", "--size", "512")
-    measured("create_metadata.py", "--image_path", pictures)
+    measured("demo/scenes.py", "--output_dir", images, "--count", "4", "--size", "512")
+    measured("create_metadata.py", "--image_path", images)
     flags = "--use_ema --resolution=512 --center_crop --random_flip --train_batch_size=1 --gradient_checkpointing "
     flags += "--max_train_steps=1 --learning_rate=1e-05 --calibration_steps=2 --use_cpu --report_to none"
     name = ["--pretrained_model_name_or_path", model]
     _, _, peak = measured(
-        "train_text_to_image_qat.py", *name, "--train_data_dir", pictures, *flags.split(), "--output_dir", output
+        "train_text_to_image_qat.py", *name, "--train_data_dir", images, *flags.split(), "--output_dir", output
     )
     assert peak < 24
     file = output / "quant_model.pt"
@@ -85,13 +85,13 @@ def test_sd_v1_5_trains_and_generates_within_24_gb(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_sdxl_calibrates_and_generates_at_1024_pixels_within_24_gb(tmp_path: Path) -> None:
-    pictures, output, model = tmp_path / "pictures", tmp_path / "out", make(full_size.write_random_xl, tmp_path / "xl")
-    measured("demo/scenes.py", "--output_dir", pictures, "--count", "2", "--size", "1024")
-    measured("create_metadata.py", "--image_path", pictures)
+    images, output, model = tmp_path / "images", tmp_path / "out", make(full_size.write_random_xl, tmp_path / "xl")
+    measured("demo/scenes.py", "--output_dir", images, "--count", "2", "--size", "1024")
+    measured("create_metadata.py", "--image_path", images)
     name = ["--pretrained_model_name_or_path", model]
     flags = "--max_train_steps 0 --calibration_steps 1 --train_batch_size 2 --use_cpu --report_to none --center_crop"
     _, _, peak = measured(
-        "train_text_to_image_qat.py", *name, "--train_data_dir", pictures, *flags.split(), "--output_dir", output
+        "train_text_to_image_qat.py", *name, "--train_data_dir", images, *flags.split(), "--output_dir", output
     )
     assert peak < 24
     assert (output / "quant_model.pt").stat().st_size < 0.28 * FP32_XL_UNET_BYTES

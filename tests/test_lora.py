@@ -1,4 +1,4 @@
-"""LoRAs are fused before anything else: teacher, student and the fp32 picture are those of the fused model."""
+"""LoRAs are fused before anything else: teacher, student and the fp32 image are those of the fused model."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def styled(request, models: dict, data_dir: Path, tmp_path_factory: pytest.TempP
     return Styled(models[kind], f"{file}:0.8", folder, folder / "plain", payload)
 
 
-def test_a_fused_lora_changes_both_pictures_alike(styled: Styled, tmp_path: Path) -> None:
+def test_a_fused_lora_changes_both_images_alike(styled: Styled, tmp_path: Path) -> None:
     lora = ["--lora", styled.lora]
     plain, fp32 = (
         generate_image(styled.model, tmp_path / "plain"),

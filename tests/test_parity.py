@@ -35,7 +35,7 @@ def exported(train, tmp_path: Path, monkeypatch) -> argparse.Namespace:
 
 @torch.no_grad()
 def test_int8_unet_from_the_file_computes_what_the_averaged_student_did(exported: argparse.Namespace) -> None:
-    """At any batch and picture size. Sums in another order move single values over a rounding border, no more."""
+    """At any batch and image size. Sums in another order move single values over a rounding border, no more."""
     for layer in exported.student.modules():
         if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) and not isinstance(layer, trainer.FakeInt8):
             layer.weight.copy_(layer.weight.half())  # kept in float, stored as fp16
@@ -97,7 +97,7 @@ def test_training_batch_of_nan_changes_nothing(train, tmp_path: Path, monkeypatc
     assert all(same[0]) and sum(same[1]) < len(same[1]) / 2
 
 
-def test_calibration_pictures_of_nan_enter_no_range(train, tmp_path: Path, monkeypatch) -> None:
+def test_calibration_images_of_nan_enter_no_range(train, tmp_path: Path, monkeypatch) -> None:
     flags = ["--max_train_steps", "0", "--calibration_steps"]
     expected = train(tmp_path / "one batch", *flags, "1")["state_dict"]
     encode, batches = trainer.sample_latents, []

@@ -20,12 +20,12 @@ from PIL import Image
 import evaluate
 import text2images
 from browser import CHROMIUM, Browser
-from data import folder, pictures
+from data import folder, noise_images
 
 pytestmark = pytest.mark.usefixtures("empty_hub")
 HOSTILE = [
     "</script><script>document.title = 'hacked'</script>",
-    "<img src=x onerror=\"document.title = 'hacked'\"> <!-- <script> @@DATA@@ @@PICTURES@@",
+    "<img src=x onerror=\"document.title = 'hacked'\"> <!-- <script> @@DATA@@ @@EMBEDDED@@",
     'it\'s a "quoted" `caption` with $(touch hacked) & \\ backslash; --flags',
     "-c looks like a flag",
     "\U0001f40e\U0001f469\u200d\U0001f680 \u2028 line separators \u2029 \u202eturned around, été 日本",
@@ -46,8 +46,8 @@ def data_of(page: Path) -> dict[str, Any]:
 
 
 def shifted(count: int, *shifts: int) -> dict[tuple[str, int], np.ndarray]:
-    """Pictures that are the lighter, the more their pair shall differ: by shift[number % len(shifts)] levels."""
-    made = pictures(count)
+    """Images that are the lighter, the more their pair shall differ: by shift[number % len(shifts)] levels."""
+    made = noise_images(count)
     return {key: pixels + np.uint8(shifts[number % len(shifts)]) for number, (key, pixels) in enumerate(made.items())}
 
 
@@ -89,7 +89,7 @@ def test_colour_difference_is_that_of_the_worst_square() -> None:
 
 
 def test_a_slower_and_different_folder_is_called_so(tmp_path: Path) -> None:
-    reference = folder(tmp_path / "a", pictures(4), precision="fp32", seconds=1.0, unet_mb=20.0)
+    reference = folder(tmp_path / "a", noise_images(4), precision="fp32", seconds=1.0, unet_mb=20.0)
     other = folder(tmp_path / "b", shifted(4, 0, 0, 0, 50), seconds=3.0, unet_mb=5.0)
     assert data_of(page_of([reference, other]))["sentences"] == [
         "int8 takes 3.0 times as long as fp32, is a quarter of its size (25 %), and differs by 78 dB: "
@@ -120,7 +120,7 @@ class Tags(HTMLParser):
 
 def hostile_folders(tmp_path: Path) -> list[Path]:
     """fp32 and two others, with captions that would do harm where they are not taken for text."""
-    made = [pixels for pixels in pictures(len(HOSTILE)).values()]
+    made = [pixels for pixels in noise_images(len(HOSTILE)).values()]
     folders = []
     for name, shift, precision in (
         ("fp32 # 100%", 0, "fp32"),
@@ -145,19 +145,19 @@ def test_hostile_captions_and_folders_are_but_text(tmp_path: Path) -> None:
     assert tags.tags.count("script") == 2 + 3 * len(HOSTILE) and "img" not in tags.tags
     assert tags.addresses and all(address.startswith(("#", "data:,")) for address in tags.addresses)
     assert tags.policy.startswith("default-src 'none'; img-src data: blob:; ") and "http" not in tags.policy
-    picture = re.search(r'id="picture-4-2">([^<]*)</script>', page.read_text())[1]
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
-    assert np.array_equal(pixels, pictures(5)["a caption", 4] + np.uint8(9))
+    encoded = re.search(r'id="image-4-2">([^<]*)</script>', page.read_text())[1]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
+    assert np.array_equal(pixels, noise_images(5)["a caption", 4] + np.uint8(9))
     before = page.read_bytes()
     assert page_of([tmp_path / name for name in ("fp32 # 100%", "<b>near<br>", "far $x^2$ -->")]).read_bytes() == before
 
 
-def test_linked_pictures_stay_where_they_are(tmp_path: Path) -> None:
+def test_linked_images_stay_where_they_are(tmp_path: Path) -> None:
     folders = hostile_folders(tmp_path)
     evaluate.main([*map(str, folders), "--link", "--output_dir", str(tmp_path / "to/report")])
     page = tmp_path / "to/report/report.html"
     pair = data_of(page)["pairs"][0]
-    assert pair["pictures"][0] == "../../fp32%20%23%20100%25/0.png"
+    assert pair["images"][0] == "../../fp32%20%23%20100%25/0.png"
     assert "text/plain" not in page.read_text()
 
 
@@ -218,7 +218,7 @@ def test_plots_ask_for_no_font_and_no_address(tmp_path: Path) -> None:
 def test_same_folder_twice_and_equal_names_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
-    first, second, third = (folder(tmp_path / name, pictures(2)) for name in ("x/int8", "y/int8", "fp32"))
+    first, second, third = (folder(tmp_path / name, noise_images(2)) for name in ("x/int8", "y/int8", "fp32"))
     names = [each["name"] for each in data_of(page_of([third, first, second]))["folders"]]
     assert names == [str(third), str(first), str(second)]
     names = [each["name"] for each in data_of(page_of([third, first, first]))["folders"]]
@@ -227,7 +227,7 @@ def test_same_folder_twice_and_equal_names_are_told_apart(tmp_path: Path) -> Non
 
 def test_a_missing_template_gets_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "TEMPLATE", tmp_path / "report_template.html")
-    first, second = (folder(tmp_path / name, pictures(1)) for name in "ab")
+    first, second = (folder(tmp_path / name, noise_images(1)) for name in "ab")
     with pytest.raises(evaluate.UsageError, match="report_template.html: No such file .*; it belongs beside"):
         evaluate.main([str(first), str(second)])
     assert not list(second.glob("report.html*"))
@@ -259,7 +259,7 @@ def is_silent(browser: Browser, page: Path) -> bool:
 
 
 def test_pairs_are_sorted_and_filtered(browser: Browser, tmp_path: Path) -> None:
-    made = {(f"{'Red' if seed % 2 else 'blue'} boat {seed}", seed): p for (_, seed), p in pictures(6).items()}
+    made = {(f"{'Red' if seed % 2 else 'blue'} boat {seed}", seed): p for (_, seed), p in noise_images(6).items()}
     near = dict(zip(made, shifted(6, 3, 1, 2, 6, 5, 4).values()))
     far = dict(zip(made, shifted(6, 7, 7, 8, 7, 7, 9).values()))
     reference = folder(tmp_path / "fp32", made, precision="fp32")
@@ -296,7 +296,7 @@ def pixel(browser: Browser, selector: str, across: float) -> tuple[int, ...]:
     return Image.open(path).convert("RGB").getpixel((0, 0))
 
 
-def test_slider_flip_and_difference_show_the_pictures_pixels(browser: Browser, tmp_path: Path) -> None:
+def test_slider_flip_and_difference_show_the_pixels_of_the_images(browser: Browser, tmp_path: Path) -> None:
     grey = {("grey", seed): np.full((64, 64, 3), 100 + seed, np.uint8) for seed in range(3)}
     lighter = {key: pixels + np.uint8(2 + key[1]) for key, pixels in grey.items()}
     reference = folder(tmp_path / "fp32", grey, precision="fp32")
@@ -332,7 +332,9 @@ def test_slider_flip_and_difference_show_the_pictures_pixels(browser: Browser, t
 
 
 def test_a_pair_is_seen_large_and_all_by_keys(browser: Browser, tmp_path: Path) -> None:
-    reference = folder(tmp_path / "fp32", pictures(3), precision="fp32", flags=["--pretrained_model_name_or_path=x"])
+    reference = folder(
+        tmp_path / "fp32", noise_images(3), precision="fp32", flags=["--pretrained_model_name_or_path=x"]
+    )
     others = [folder(tmp_path / name, shifted(3, *shifts), precision=name) for name, shifts in
               (("int8", (3, 2, 1)), ("bf16", (1, 1, 1)))]  # fmt: skip
     page = page_of([reference, *others])
@@ -409,7 +411,7 @@ def test_what_another_page_would_fetch_is_forbidden(browser: Browser, tmp_path: 
 
 
 def test_300_pairs_are_usable(browser: Browser, tmp_path: Path) -> None:
-    made = pictures(300, edge=32)
+    made = noise_images(300, edge=32)
     other = {key: pixels + np.uint8(1 + key[1] % 50) for key, pixels in made.items()}
     page = page_of([folder(tmp_path / "fp32", made, precision="fp32"), folder(tmp_path / "int8", other)])
     browser.open(page)

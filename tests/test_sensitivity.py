@@ -92,8 +92,8 @@ def test_report_and_recipe(model_dir: Path, data_dir: Path, train, tmp_path: Pat
     assert sums["int8"] == pytest.approx(sums["input"] + sums["weights"], rel=0.2)  # independent errors add up
     assert sum(errors) == pytest.approx(report["all_layers"]["int8"]["guided"], rel=0.5)
     assert report["all_layers"]["default"]["guided"] < report["all_layers"]["int8"]["guided"]
-    with Image.open(tmp_path / "sensitivity.png") as picture:
-        assert picture.getpixel((590, 82)) == (0xD9, 0x5F, 0x02)  # the first bar
+    with Image.open(tmp_path / "sensitivity.png") as image:
+        assert image.getpixel((590, 82)) == (0xD9, 0x5F, 0x02)  # the first bar
 
     recipe = tmp_path / "sensitivity_float_9.json"
     chosen = sensitivity.kinds(

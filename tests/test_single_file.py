@@ -60,7 +60,7 @@ def test_a_single_file_trains_and_generates_to_the_bits_of_the_folder(
     assert states[0]["checksum"] == states[1]["checksum"] and states[0]["base_model"] == str(file)
     config = ["--config", str(settings)]
     for quantized in ([], ["-qm", str(tmp_path / "file")]):
-        name = f"pictures {len(quantized)}"
+        name = f"images {len(quantized)}"
         ours = generate_image(file, tmp_path / f"{name} file", *config, *quantized)
         assert np.array_equal(ours, generate_image(folder, tmp_path / f"{name} folder", *quantized))
 

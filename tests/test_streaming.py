@@ -76,7 +76,7 @@ def test_training_reads_from_the_beginning_what_calibration_read_before(tars: Pa
     assert passes[0] == passes[1]
 
 
-def test_caption_goes_with_its_picture(tars: Path) -> None:
+def test_caption_goes_with_its_image(tars: Path) -> None:
     dataset, args = stream(tars)
     for batch in dataset.micro_batches(range(4), args):
         for key in batch:
@@ -99,7 +99,7 @@ def test_damage_costs_the_damaged_part_only(tars: Path, caplog: pytest.LogCaptur
     first = tars / "00000.tar"
     first.write_bytes(first.read_bytes()[:3000])
     (tars / "00003.tar").write_bytes(b"no tar" * 1000)
-    members = {**pair("a", 101), "b.png": b"no picture", "b.txt": b"words", "c.txt": b"alone", **pair("d", 103)}
+    members = {**pair("a", 101), "b.png": b"no image", "b.txt": b"words", "c.txt": b"alone", **pair("d", 103)}
     write_tar(tars / "00004.tar", members)
     dataset, args = stream(tars)
     samples = [dataset[key] for batch in dataset.micro_batches(range(8), args) for key in batch]
@@ -165,8 +165,8 @@ def test_dataset_of_the_library_is_streamed(tmp_path: Path) -> None:
     import datasets
 
     for shard in range(2):
-        pictures = [Image.new("RGB", (SIZE, SIZE), (10 * (3 * shard + i),) * 3) for i in range(3)]
-        table = datasets.Dataset.from_dict({"image": pictures, "text": [[word, word.upper()] for word in "abc"]})
+        images = [Image.new("RGB", (SIZE, SIZE), (10 * (3 * shard + i),) * 3) for i in range(3)]
+        table = datasets.Dataset.from_dict({"image": images, "text": [[word, word.upper()] for word in "abc"]})
         table.cast_column("image", datasets.Image()).to_parquet(tmp_path / f"train-{shard}.parquet")
     command = ["--pretrained_model_name_or_path", "x", "--dataset_name", str(tmp_path), "--streaming"]
     command += ["--max_train_steps", "9", "--resolution", str(SIZE), "--train_batch_size", "3"]
@@ -208,8 +208,8 @@ def test_calibration_sees_every_batch_that_it_asks_for(train, tars: Path, tmp_pa
     assert min(scales).item() > 1e-5  # 1e-8 / 255 where nothing was seen
 
 
-def test_metadata_of_100000_pictures_is_read_in_seconds(tmp_path: Path) -> None:
-    """And the first batch is known; the pictures are not looked at, as there are none."""
+def test_metadata_of_100000_images_is_read_in_seconds(tmp_path: Path) -> None:
+    """And the first batch is known; the images are not looked at, as there are none."""
     with open(tmp_path / "metadata.jsonl", "w", encoding="utf-8") as file:
         for row in range(100_000):
             name = f"{row // 10000:05d}/{row:09d}.jpg"

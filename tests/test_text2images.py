@@ -259,7 +259,7 @@ def test_file_of_another_architecture_is_refused(quant_model: Path) -> None:
 # ---------------------------------------------------------------- generating
 
 
-def test_picture_depends_on_its_own_seed_only(model_dir: Path, tmp_path: Path) -> None:
+def test_image_depends_on_its_own_seed_only(model_dir: Path, tmp_path: Path) -> None:
     batched = generate(model_dir, tmp_path / "batched", "-c", "a", "b", "-n", "2", "-s", "7", "--batch_size", "3")
     alone = generate(model_dir, tmp_path / "alone", "-c", "b", "-n", "1", "-s", "8")
     assert [(row["caption"], row["seed"]) for row in batched] == [("a", 7), ("a", 8), ("b", 7), ("b", 8)]
@@ -269,7 +269,7 @@ def test_picture_depends_on_its_own_seed_only(model_dir: Path, tmp_path: Path) -
     assert np.abs(other).mean() > 1
 
 
-def test_int8_picture_is_close_to_the_full_precision_one(model_dir: Path, quant_model: Path, tmp_path: Path) -> None:
+def test_int8_image_is_close_to_the_full_precision_one(model_dir: Path, quant_model: Path, tmp_path: Path) -> None:
     fp32 = generate(model_dir, tmp_path, "-c", "a")[0]
     int8 = generate(model_dir, tmp_path, "-c", "a", "-qm", quant_model, "--dtype", "float32")[1]
     assert (fp32["precision"], int8["precision"]) == ("fp32", "int8")
@@ -287,7 +287,7 @@ def test_bfloat16_run_is_close_and_reported(model_dir: Path, tmp_path: Path) -> 
     )  # levels; it is 0.6
 
 
-def test_grid_holds_every_picture_of_its_caption(model_dir: Path, tmp_path: Path) -> None:
+def test_grid_holds_every_image_of_its_caption(model_dir: Path, tmp_path: Path) -> None:
     rows = generate(model_dir, tmp_path, "-c", "a", "-n", "3")
     grid = Image.open(tmp_path / "a fp32.png")
     assert grid.size == (2 * SIZE, 2 * SIZE)
@@ -297,7 +297,7 @@ def test_grid_holds_every_picture_of_its_caption(model_dir: Path, tmp_path: Path
         assert np.array_equal(np.asarray(part), pixels(tmp_path / row["file"]))
 
 
-def test_facts_are_in_the_row_and_in_the_picture(model_dir: Path, quant_model: Path, tmp_path: Path) -> None:
+def test_facts_are_in_the_row_and_in_the_image(model_dir: Path, quant_model: Path, tmp_path: Path) -> None:
     flags = ["--guidance_scale", "3", "--scheduler", "pndm", "--negative_prompt", "fog", "-qm", quant_model]
     row = generate(model_dir, tmp_path, "-c", "été 日本", *flags)[0]
     expected = {"caption": "été 日本", "seed": 42, "status": "ok", "steps": 4, "guidance_scale": 3.0}
@@ -346,7 +346,7 @@ def test_numerical_failure_is_reported_as_such(model_dir: Path, tmp_path: Path, 
     assert [(row["status"], row["file"] is None) for row in rows] == [("non-finite", True), ("ok", False)]
 
 
-def test_flagged_picture_is_reported_as_such(model_dir: Path, tmp_path: Path, monkeypatch) -> None:
+def test_flagged_image_is_reported_as_such(model_dir: Path, tmp_path: Path, monkeypatch) -> None:
     def checker(self, image, device, dtype):
         return torch.zeros_like(image), [True]
 
@@ -358,7 +358,7 @@ def test_safety_checker_of_the_checkpoint_blackens_unless_it_is_disabled(model_d
     edges = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     vision = CLIPVisionConfig(**edges, image_size=16, patch_size=8, projection_dim=16)
     checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision.to_dict(), projection_dim=16))
-    checker.concept_embeds_weights.fill_(-2)  # a cosine is above that whatever the picture
+    checker.concept_embeds_weights.fill_(-2)  # a cosine is above that whatever the image
     pipeline = text2images.StableDiffusionPipeline.from_pretrained(model_dir)
     size = {"height": 16, "width": 16}
     sorter = CLIPImageProcessorPil(size=size, crop_size=size)
@@ -376,11 +376,11 @@ def test_text_encoder_in_the_layout_of_older_transformers_generates_the_same(mod
     file = tmp_path / "old/text_encoder/model.safetensors"
     tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
-    pictures = []
+    images = []
     for model in (model_dir, tmp_path / "old"):
         (row,) = generate(model, tmp_path / f"of {model.name}", "-c", "a lake")
-        pictures.append(np.asarray(Image.open(tmp_path / f"of {model.name}" / row["file"])))
-    assert np.array_equal(*pictures) and pictures[0].std() > 0
+        images.append(np.asarray(Image.open(tmp_path / f"of {model.name}" / row["file"])))
+    assert np.array_equal(*images) and images[0].std() > 0
 
 
 @pytest.mark.parametrize(

@@ -372,7 +372,7 @@ def test_recipe_with_no_pattern_quantizes_every_layer() -> None:
 # ---------------------------------------------------------------- data
 
 
-def test_pictures_become_rgb_as_a_viewer_shows_them() -> None:
+def test_images_become_rgb_as_a_viewer_shows_them() -> None:
     grey = Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16))
     assert trainer.to_rgb(grey).getpixel((0, 0)) == (155, 155, 155)  # 40000 / 65535 * 255, not clipped to white
     assert trainer.to_rgb(Image.new("RGBA", (4, 4), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
@@ -392,9 +392,9 @@ def test_crops_are_square_and_stay_inside(size: tuple[int, int]) -> None:
 
 
 def test_center_crop_takes_the_middle() -> None:
-    picture = Image.new("RGB", (300, 100))
-    picture.paste((255, 0, 0), (100, 0, 200, 100))
-    assert np.asarray(trainer.crop_to_square(picture, 50, (0.5, 0.5))[0])[:, 2:-2].reshape(-1, 3).min(axis=0)[0] > 250
+    image = Image.new("RGB", (300, 100))
+    image.paste((255, 0, 0), (100, 0, 200, 100))
+    assert np.asarray(trainer.crop_to_square(image, 50, (0.5, 0.5))[0])[:, 2:-2].reshape(-1, 3).min(axis=0)[0] > 250
 
 
 @pytest.mark.parametrize(
@@ -443,16 +443,16 @@ def dataset_of(rows: list[tuple[str, str]], *flags: str) -> trainer.CaptionedIma
     return trainer.CaptionedImages(rows, [tiny_pipeline().tokenizer], parse("--resolution", "32", *flags))
 
 
-def test_unreadable_picture_is_replaced_and_counted(tmp_path: Path, data_dir: Path) -> None:
-    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+def test_unreadable_image_is_replaced_and_counted(tmp_path: Path, data_dir: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
     rows = [(str(tmp_path / "bad.jpg"), "bad"), (str(data_dir / "0001.jpg"), "good")]
     dataset = dataset_of(rows, "--proportion_empty_prompts", "0")
     sample, good = dataset[(0, 0)], dataset[(0, 1)]
     assert sample["replaced"].item() >= 1 and good["replaced"].item() == 0
-    assert torch.equal(sample["input_ids"], good["input_ids"])  # the caption goes with its picture
+    assert torch.equal(sample["input_ids"], good["input_ids"])  # the caption goes with its image
 
 
-def test_too_many_unreadable_pictures_stop_the_run() -> None:
+def test_too_many_unreadable_images_stop_the_run() -> None:
     watch = trainer.RunMonitor()
     losses = {"loss": torch.tensor(1.0)}
     watch.update(losses, batch_of(torch.tensor([1] * 11 + [0] * 29)))  # it may be a tenth, and bad luck
@@ -855,9 +855,9 @@ def test_sigterm_saves_a_checkpoint_and_leaves_with_its_code(train, tmp_path: Pa
 
 def test_validation_generates_teacher_and_student_side_by_side(train, tmp_path: Path) -> None:
     train(tmp_path, "--max_train_steps", "1", "--validation_prompts", "one", "two", "--use_ema")
-    pictures = sorted((tmp_path / "validation").iterdir())
-    assert [path.name for path in pictures] == ["step-000001-prompt-0.png", "step-000001-prompt-1.png"]
-    pixels = np.asarray(Image.open(pictures[0]), dtype=float)
+    files = sorted((tmp_path / "validation").iterdir())
+    assert [path.name for path in files] == ["step-000001-prompt-0.png", "step-000001-prompt-1.png"]
+    pixels = np.asarray(Image.open(files[0]), dtype=float)
     assert pixels.shape == (SIZE, 2 * SIZE, 3)
     assert 0 < np.abs(pixels[:, :SIZE] - pixels[:, SIZE:]).mean() < 2  # levels; it is 0.5
 
@@ -880,8 +880,8 @@ def test_validation_changes_no_bit_of_the_training(train, tmp_path: Path) -> Non
 def test_dataset_columns_are_checked(model_dir: Path, tmp_path: Path) -> None:
     import datasets
 
-    pictures = [Image.new("RGB", (40, 40), (20 * i, 0, 0)) for i in range(3)]
-    table = datasets.Dataset.from_dict({"picture": pictures, "words": ["a", "b", "c"]})
+    images = [Image.new("RGB", (40, 40), (20 * i, 0, 0)) for i in range(3)]
+    table = datasets.Dataset.from_dict({"picture": images, "words": ["a", "b", "c"]})
     table = table.cast_column("picture", datasets.Image())
     table.to_parquet(tmp_path / "train.parquet")
     pipeline = tiny_pipeline()

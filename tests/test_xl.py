@@ -54,16 +54,16 @@ def test_commands_of_the_original_readme(xl_dir: Path, tmp_path: Path) -> None:
         assert run_command(sys.executable, "text2images.py", *model, *extra, *short).returncode == 0
     compared = run_command(sys.executable, "evaluate.py", tmp_path / "fp32", tmp_path / "int8", "--min_psnr", "41")
     assert compared.returncode == 0 and "1 pairs" in compared.stdout
-    with Image.open(next((tmp_path / "int8").glob("*seed 42.png"))) as picture:
-        assert picture.size == (SIZE, SIZE)  # what the checkpoint was made for, in training as in generating
+    with Image.open(next((tmp_path / "int8").glob("*seed 42.png"))) as image:
+        assert image.size == (SIZE, SIZE)  # what the checkpoint was made for, in training as in generating
 
 
 def test_resumed_run_ends_with_the_same_bits(train_xl, tmp_path: Path) -> None:
     flags = ["--max_train_steps", "4", "--use_ema", "--random_flip", "--learning_rate", "3e-2"]
     flags += ["--checkpointing_steps", "2", "--validation_prompts", "a hill", "--validation_steps", "4"]
     whole = train_xl(tmp_path, *flags)
-    with Image.open(tmp_path / "validation/step-000004-prompt-0.png") as picture:
-        pixels = np.asarray(picture, dtype=float)
+    with Image.open(tmp_path / "validation/step-000004-prompt-0.png") as image:
+        pixels = np.asarray(image, dtype=float)
     assert (
         pixels.shape == (SIZE, 2 * SIZE, 3) and 0 < np.abs(pixels[:, :SIZE] - pixels[:, SIZE:]).mean() < 12
     )  # levels; it is 6
@@ -89,10 +89,10 @@ def test_streamed_pairs_train(train_xl, data_dir: Path, tmp_path: Path) -> None:
     import tarfile
 
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for picture in sorted(data_dir.glob("*.jpg")):
-            tar.add(picture, picture.name)
-            (tmp_path / "caption.txt").write_text(picture.stem)
-            tar.add(tmp_path / "caption.txt", f"{picture.stem}.txt")
+        for file in sorted(data_dir.glob("*.jpg")):
+            tar.add(file, file.name)
+            (tmp_path / "caption.txt").write_text(file.stem)
+            tar.add(tmp_path / "caption.txt", f"{file.stem}.txt")
     flags = ["--train_data_dir", str(tmp_path), "--streaming", "--max_train_steps", "1"]
     assert train_xl(tmp_path / "out", *flags)["training"]["steps"] == 1
 
@@ -126,12 +126,12 @@ def test_captions_are_encoded_as_the_pipeline_does_it(xl_dir: Path) -> None:
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_size_and_crop_are_those_of_the_real_crop(mirrored: bool) -> None:
-    """A picture whose red says its column and green its row: the crop's first pixel is where the ids say."""
+    """An image whose red says its column and green its row: the crop's first pixel is where the ids say."""
     columns, rows = np.meshgrid(np.arange(200), np.arange(100))
-    picture = Image.fromarray(np.stack([columns, rows, rows], axis=-1).astype(np.uint8))
-    expected = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else picture
+    image = Image.fromarray(np.stack([columns, rows, rows], axis=-1).astype(np.uint8))
+    expected = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
     for position in ((0, 0), (0.3, 0.5), (1, 1)):
-        square, time_ids = trainer.crop_to_square(picture, 50, position, mirrored)
+        square, time_ids = trainer.crop_to_square(image, 50, position, mirrored)
         assert time_ids[:2] == [100, 200] and time_ids[4:] == [50, 50]
         top, left = time_ids[2:4]
         scaled = expected.resize((100, 50), Image.Resampling.LANCZOS)
@@ -171,7 +171,7 @@ def test_int8_generates_what_fp32_generates(
     assert row["paired_guidance"] == ("--guidance_scale" not in flags)
 
 
-def test_fp32_pictures_are_those_of_diffusers(xl_dir: Path, tmp_path: Path) -> None:
+def test_fp32_images_are_those_of_diffusers(xl_dir: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     ours = generate_image(xl_dir, tmp_path)

@@ -59,7 +59,7 @@ def huge_png(side: int) -> bytes:
 
 
 def ftyp(brand: bytes) -> bytes:
-    """The start of a HEIC, AVIF or MP4 file, and no picture."""
+    """The start of a HEIC, AVIF or MP4 file, and no image."""
     return b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1" + brand + b"x" * 500
 
 
@@ -90,7 +90,7 @@ GOOD = flat("RGB", RED)
 JPEG = encoded(Image.effect_noise((64, 48), 60).convert("RGB"), "JPEG")
 
 
-def pictures() -> list[Case]:
+def images() -> list[Case]:
     wide = Image.new("RGB", SIZE, RED)
     wide.paste(BLUE, (12, 0, 24, 16))
     upside_down = Image.Exif()
@@ -122,7 +122,7 @@ def pictures() -> list[Case]:
         kept("12000x40.jpg", flat("RGB", BLUE, "JPEG", (12000, 40)), color=BLUE, remarks=odd),
         kept("really a png.jpg", GOOD, color=RED),
         spoilt("truncated.jpg", JPEG[: len(JPEG) // 2], cm.DAMAGED),
-        spoilt("text.jpg", b"no picture\n" * 50, cm.NOT_AN_IMAGE),
+        spoilt("text.jpg", b"no image\n" * 50, cm.NOT_AN_IMAGE),
         spoilt("postscript.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", cm.unread("EPS")),
         spoilt("new.jxl", b"\xff\x0a" + b"x" * 99, cm.unread("JXL")),
         spoilt("drawing.svg", b"<svg/>", cm.unread("SVG")),
@@ -133,10 +133,10 @@ def pictures() -> list[Case]:
 
 
 def burdened() -> list[Case]:
-    """Sound pictures with more text, or worse EXIF data, than Pillow takes by itself."""
+    """Sound images with more text, or worse EXIF data, than Pillow takes by itself."""
     workflow = zlib.compress(b"a node of a workflow " * 200_000)  # 4 MB
     turned, odd_resolution = (0x0112, 3, 1, b"\0\6\0\0"), (0x011A, 2, 3, b"72\0\0")  # text, where a number belongs
-    pictures = {
+    pngs = {
         "zTXt": png_with((b"zTXt", b"workflow\0\0" + workflow)),
         "iTXt": png_with((b"iTXt", b"workflow\0\1\0\0\0" + workflow)),
         "after the pixels": png_with((b"zTXt", b"workflow\0\0" + workflow), at_end=True),
@@ -150,7 +150,7 @@ def burdened() -> list[Case]:
         "exif with an odd tag.jpg": flat("RGB", RED, "JPEG", exif=b"Exif\0\0" + exif(turned, odd_resolution)),
     }
     return [
-        *(kept(f"{name}.png", data, color=RED) for name, data in pictures.items()),
+        *(kept(f"{name}.png", data, color=RED) for name, data in pngs.items()),
         *(kept(name, data, color=RED, remarks={cm.DAMAGED_EXIF: 1}) for name, data in spoilt_exif.items()),
         kept("exif in png.png", png_with((b"eXIf", exif(turned))), color=RED),
     ]
@@ -252,7 +252,7 @@ def folders() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    return [*pictures(), *burdened(), *names(), *captions(), *folders()]
+    return [*images(), *burdened(), *names(), *captions(), *folders()]
 
 
 def write_all(folder: Path) -> list[tuple[str, Case]]:

@@ -61,7 +61,7 @@ def dataset_of(folder: Path, *flags: str) -> trainer.CaptionedImages:
     return trainer.CaptionedImages(rows, [tiny_pipeline().tokenizer], parse(*plain, *flags))
 
 
-def test_training_sees_every_picture_in_its_colors_and_every_caption(dirty_dir: Path, tmp_path: Path) -> None:
+def test_training_sees_every_image_in_its_colors_and_every_caption(dirty_dir: Path, tmp_path: Path) -> None:
     dataset = dataset_of(dirty_dir)
     index = {Path(path).relative_to(dirty_dir).as_posix(): row for row, (path, _) in enumerate(dataset.rows)}
     checked = 0
@@ -87,10 +87,10 @@ def test_training_on_all_of_it(model_dir: Path, dirty_dir: Path, tmp_path: Path,
 
 
 def spoil(folder: Path, good: int, bad: int) -> None:
-    """Metadata that was written without a look at the pictures, `bad` of which cannot be read."""
+    """Metadata that was written without a look at the images, `bad` of which cannot be read."""
     for number in range(good):
         pair_writer(f"good {number}.png", GOOD, "good")(folder)
-    spoilt = [JPEG[: len(JPEG) // 2], b"no picture", b"", None]
+    spoilt = [JPEG[: len(JPEG) // 2], b"no image", b"", None]
     for number in range(bad):
         data = spoilt[number % 4]
         pair_writer(f"spoilt {number}.jpg", JPEG[:-9] if data is None else data, "spoilt")(folder)
@@ -98,7 +98,7 @@ def spoil(folder: Path, good: int, bad: int) -> None:
     (folder / "spoilt 3.jpg").unlink()  # listed, and gone
 
 
-def test_a_few_unreadable_pictures_are_replaced_and_counted(model_dir: Path, tmp_path: Path, caplog) -> None:
+def test_a_few_unreadable_images_are_replaced_and_counted(model_dir: Path, tmp_path: Path, caplog) -> None:
     spoil(tmp_path / "data", good=46, bad=4)
     caplog.set_level("INFO")
     flags = ["--num_train_epochs", "1", "--train_batch_size", "5", "--dataloader_num_workers", "1"]
@@ -109,7 +109,7 @@ def test_a_few_unreadable_pictures_are_replaced_and_counted(model_dir: Path, tmp
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_many_unreadable_pictures_end_the_run_with_one_line(model_dir: Path, tmp_path: Path, workers: str) -> None:
+def test_many_unreadable_images_end_the_run_with_one_line(model_dir: Path, tmp_path: Path, workers: str) -> None:
     spoil(tmp_path / "data", good=0 if workers == "1" else 30, bad=30)
     flags = ["--max_train_steps", "30", "--train_batch_size", "8", "--dataloader_num_workers", workers]
     with training_in_process(model_dir, tmp_path / "data") as run, pytest.raises(trainer.UsageError) as ended:
@@ -123,7 +123,7 @@ def test_many_unreadable_pictures_end_the_run_with_one_line(model_dir: Path, tmp
     assert not (tmp_path / "out" / "quant_model.pt").exists()
 
 
-def test_a_tenth_of_bad_pictures_is_not_stopped_by_bad_luck() -> None:
+def test_a_tenth_of_bad_images_is_not_stopped_by_bad_luck() -> None:
     generator, losses, stopped = torch.Generator().manual_seed(0), {"loss": torch.tensor(1.0)}, Counter()
     for share in (0.09, 0.2):
         for _ in range(60):
@@ -136,13 +136,13 @@ def test_a_tenth_of_bad_pictures_is_not_stopped_by_bad_luck() -> None:
     assert stopped[0.09] <= 1 and stopped[0.2] >= 58
 
 
-def test_unreadable_pictures_of_a_dataset_are_replaced_too(model_dir: Path, tmp_path: Path) -> None:
-    """Rows without any picture do not count."""
+def test_unreadable_images_of_a_dataset_are_replaced_too(model_dir: Path, tmp_path: Path) -> None:
+    """Rows without any image do not count."""
     import datasets
 
-    pictures = [{"bytes": data, "path": None} for data in [GOOD] * 10 + [JPEG[:300]]] + [None]
+    images = [{"bytes": data, "path": None} for data in [GOOD] * 10 + [JPEG[:300]]] + [None]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    table = datasets.Dataset.from_dict({"image": pictures, "text": ["a"] * 9 + [None, "", "b"]}, features=features)
+    table = datasets.Dataset.from_dict({"image": images, "text": ["a"] * 9 + [None, "", "b"]}, features=features)
     table.to_parquet(tmp_path / "data" / "train.parquet")
     args = parse("--dataset_name", str(tmp_path / "data"), "--cache_dir", str(tmp_path / "cache"), "--resolution", "32")
     dataset = trainer.load_dataset(args, [tiny_pipeline().tokenizer])
@@ -154,7 +154,7 @@ def test_unreadable_pictures_of_a_dataset_are_replaced_too(model_dir: Path, tmp_
 
 
 def test_a_symlink_or_a_new_file_after_the_metadata_does_not_matter(tmp_path: Path) -> None:
-    """The trainer reads what metadata.jsonl lists and nothing else: no second metadata file, no stray picture."""
+    """The trainer reads what metadata.jsonl lists and nothing else: no second metadata file, no stray image."""
     pair_writer("a.png", GOOD, "c")(tmp_path)
     cm.main(["--image_path", str(tmp_path)])
     put(tmp_path / "sub/metadata.jsonl", '{"file_name": "b.png", "text": "b"}\n')

@@ -107,7 +107,7 @@ def test_a_long_curve_stays_short_and_keeps_its_means(tmp_path: Path, monkeypatc
     assert resumed == curve
 
 
-def test_figure_shows_losses_rates_drift_marks_and_pictures(tmp_path: Path) -> None:
+def test_figure_shows_losses_rates_drift_marks_and_images(tmp_path: Path) -> None:
     curve = trainer.TrainingCurve([nn.Parameter(torch.zeros(()))], [0.0], validated=[1, 2, 3, 9], saved=[2, 4])
     for step in range(1, 11):
         losses = {"kd_loss": -step, "task_loss": math.nan if step == 4 else 2.0 * step, "loss": -step}
@@ -135,7 +135,7 @@ def test_figure_shows_losses_rates_drift_marks_and_pictures(tmp_path: Path) -> N
     assert Image.open(tmp_path / "training.png").size == (1100, 960)
 
 
-def test_a_picture_that_cannot_be_written_costs_a_warning(
+def test_a_figure_that_cannot_be_written_costs_a_warning(
     train: Callable[..., dict], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "training.png").mkdir()
@@ -158,6 +158,6 @@ def test_a_damaged_curve_begins_anew(tmp_path: Path, damage: str | None, caplog:
     assert "training.png begins anew" in caplog.text and curve == trainer.TrainingCurve()
 
 
-def test_without_training_there_is_no_picture(train: Callable[..., dict], tmp_path: Path) -> None:
+def test_without_training_there_is_no_figure(train: Callable[..., dict], tmp_path: Path) -> None:
     train(tmp_path, "--max_train_steps", "0")
     assert not (tmp_path / "training.png").exists()
