@@ -542,7 +542,7 @@ AS_FAST = 0.05  # a smaller difference in speed or size is none
 FRACTIONS = {1 / 4: "a quarter", 1 / 3: "a third", 1 / 2: "half"}  # the words for what is within a tenth of them
 HOW_JUDGED = (
     "Speed: median seconds an image, as measured when they were generated. Size: the file with the UNet's "
-    f"weights. Up to {100 * AS_FAST:.0f} % of difference counts as none. Distance: mean PSNR, higher is closer. What "
+    f"weights. Up to {100 * AS_FAST:.0f} % of difference counts as none. PSNR: the mean, higher is closer. What "
     "an eye sees: the largest CIEDE2000 colour difference in a pair, averaged over squares a 32nd of the image wide. "
     f"Where it is below {NOT_SEEN:g} in every pair, the sentence says that no eye sees it; from {UP_CLOSE:g} on, a "
     "pair differs visibly; between the two, only up close."
@@ -591,12 +591,12 @@ def sentence(reference: str, name: str, speed: float, size: float, values: dict[
     visibly = sum(value >= UP_CLOSE for value in values["ciede2000"])
     up_close = sum(NOT_SEEN <= value < UP_CLOSE for value in values["ciede2000"])
     pairs = f"{visibly or up_close} of {count} {'pairs' if count > 1 else 'pair'}"
-    seen = "no eye sees that"
+    seen = "no eye sees the difference"
     if visibly:
-        seen = f"{pairs} {'differ' if visibly > 1 else 'differs'} visibly, the worst by {worst:.0f} dB"
+        seen = f"{pairs} {'differ' if visibly > 1 else 'differs'} visibly, the worst at {worst:.0f} dB"
     elif up_close:
-        seen = f"to be seen only up close, in {pairs}"
-    far = f"differs by {np.mean(values['psnr']):.0f} dB: {seen}"
+        seen = f"the difference shows only up close, in {pairs}"
+    far = f"its images reach a PSNR of {np.mean(values['psnr']):.0f} dB: {seen}"
     if worst == MAX_PSNR:
         far = "generates the same images, to the bit"
     return f"{name} {fast}, {large}, and {far}."

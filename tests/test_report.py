@@ -58,13 +58,13 @@ def shifted(count: int, *shifts: int) -> dict[tuple[str, int], np.ndarray]:
     ("speed", "size", "psnr", "ciede2000", "expected"),
     [
         (1.94, 0.27, [52, 53], [0.4, 0.9], "int8 is 1.9 times as fast as fp32, a quarter of its size (27 %), and "
-         "differs by 52 dB: no eye sees that."),
-        (1.04, 0.96, [40, 46], [0.2, 1.0], "int8 is as fast as fp32, as large, and differs by 43 dB: to be seen only "
-         "up close, in 1 of 2 pairs."),
-        (0.7, 0.4, [13, 57], [0.2, 51], "int8 takes 1.43 times as long as fp32, is 40 % of its size, and differs by "
-         "35 dB: 1 of 2 pairs differs visibly, the worst by 13 dB."),
-        (12.3, 1.5, [20, 20], [2, 9], "int8 is 12 times as fast as fp32, 150 % of its size, and differs by 20 dB: "
-         "2 of 2 pairs differ visibly, the worst by 20 dB."),
+         "its images reach a PSNR of 52 dB: no eye sees the difference."),
+        (1.04, 0.96, [40, 46], [0.2, 1.0], "int8 is as fast as fp32, as large, and its images reach a PSNR of "
+         "43 dB: the difference shows only up close, in 1 of 2 pairs."),
+        (0.7, 0.4, [13, 57], [0.2, 51], "int8 takes 1.43 times as long as fp32, is 40 % of its size, and its images "
+         "reach a PSNR of 35 dB: 1 of 2 pairs differs visibly, the worst at 13 dB."),
+        (12.3, 1.5, [20, 20], [2, 9], "int8 is 12 times as fast as fp32, 150 % of its size, and its images reach a "
+         "PSNR of 20 dB: 2 of 2 pairs differ visibly, the worst at 20 dB."),
         (1.06, 0.5, [99, 99], [0, 0], "int8 is 1.06 times as fast as fp32, half of its size (50 %), and generates the "
          "same images, to the bit."),
     ],
@@ -92,8 +92,8 @@ def test_a_slower_and_different_folder_is_called_so(tmp_path: Path) -> None:
     reference = folder(tmp_path / "a", noise_images(4), precision="fp32", seconds=1.0, unet_mb=20.0)
     other = folder(tmp_path / "b", shifted(4, 0, 0, 0, 50), seconds=3.0, unet_mb=5.0)
     assert data_of(page_of([reference, other]))["sentences"] == [
-        "int8 takes 3.0 times as long as fp32, is a quarter of its size (25 %), and differs by 78 dB: "
-        "1 of 4 pairs differs visibly, the worst by 14 dB."
+        "int8 takes 3.0 times as long as fp32, is a quarter of its size (25 %), and its images reach a PSNR of 78 dB: "
+        "1 of 4 pairs differs visibly, the worst at 14 dB."
     ]
 
 
