@@ -51,6 +51,8 @@ def test_end_to_end_times_processes_and_goes_on_after_an_interruption(
         parts = row["start_seconds"] + row["steps"] * row["step_seconds"] + row["text_and_vae_seconds"]
         assert 0 < row["start_seconds"] < row["seconds"] == pytest.approx(parts, abs=0.02)
     assert first[0]["step_seconds"] == first[2]["step_seconds"]
+    first_run = json.loads(output.read_text())["first_run"]
+    assert first_run["seconds"] > first[1]["start_seconds"] and first_run["kept_gb"] > 0
     assert json.loads(output.read_text())["provenance"]["command"].startswith("OMP_NUM_THREADS=1 python benchmarks/end")
     assert run_command(*command, "--quant_model", quant_model).returncode == 0  # nothing is measured again
     again = check_rows(output, ["fp32", "int8", "fp32", "int8"])
