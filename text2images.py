@@ -44,10 +44,10 @@ from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
-# Importing these libraries on a CPU prints notices about GPU parts that are not there.
+# Importing these libraries on a CPU prints notices about GPU parts that are not there; httpx, every request to the hub.
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-for library in ("torchao", "torch.utils._pytree"):
+for library in ("torchao", "torch.utils._pytree", "httpx", "httpx2"):
     logging.getLogger(library).setLevel(logging.ERROR)
 
 import diffusers
@@ -1948,7 +1948,7 @@ def main(argv: list[str] | None = None) -> None:
             return
     metadata = run_metadata(pipeline, args)
     kind, size, threads = metadata["precision"], metadata["unet_mb"], torch.get_num_threads()
-    logger.info(f"{kind} UNet ({size} MB), float layers in {metadata['dtype']}, {threads} threads")
+    logger.info(f"{kind} UNet ({size} MB), float layers in {metadata['dtype']}, {threads} thread{'s' * (threads > 1)}")
 
     seeds = range(args.seed, args.seed + args.images_num)
     requests = [ImageRequest(caption, seed) for caption in args.captions for seed in seeds]

@@ -51,13 +51,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Importing these libraries on a CPU prints notices about GPU parts that are not there.
+# Importing these libraries on a CPU prints notices about GPU parts that are not there; httpx, every request to the hub.
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("LOGLEVEL", "ERROR")  # of neural-compressor
 # Large tensors in huge pages: they come and go with every step, and page faults would take a quarter of its time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-for library in ("torchao", "torch.utils._pytree"):
+for library in ("torchao", "torch.utils._pytree", "httpx", "httpx2"):
     logging.getLogger(library).setLevel(logging.ERROR)
 
 import accelerate
@@ -81,6 +81,7 @@ from diffusers import (
 from diffusers.loaders import TextualInversionLoaderMixin, single_file_utils
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import compute_snr
+from diffusers.utils import make_image_grid
 from huggingface_hub import try_to_load_from_cache
 from neural_compressor.common.base_config import DEFAULT_WHITE_LIST, register_config
 from neural_compressor.common.utils import Mode
@@ -403,7 +404,6 @@ def start(args: argparse.Namespace) -> Accelerator:
     use_all_cores()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("neural_compressor").setLevel(logging.ERROR)  # it sets its own level when imported
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions, in data parallelism
@@ -469,10 +469,6 @@ class Pipeline:
     @property
     def tokenizers(self) -> list[Any]:
         return [part for name, part in self.parts.items() if name.startswith("tokenizer")]
-
-    @property
-    def text_encoders(self) -> list[PreTrainedModel]:
-        return text_encoders(self.parts)
 
     @property
     def vae(self) -> Any:
@@ -655,11 +651,6 @@ def single_file_kind(name: str) -> str:
 
 def is_xl(index: dict[str, Any]) -> bool:
     return "XL" in index["_class_name"]
-
-
-def pipeline_kind(index: dict[str, Any]) -> str:
-    """Of which quant_model.pt is."""
-    return "StableDiffusionXLPipeline" if is_xl(index) else "StableDiffusionPipeline"
 
 
 def text_parts(index: dict[str, Any]) -> tuple[str, ...]:
@@ -1265,20 +1256,12 @@ def match_files(rows: list[tuple[str, Any]], folder: Path, remedy: str) -> list[
     Raises:
         UsageError: so many images are missing that training would stop.
     """
-    names_in: dict[str, set[str]] = {}
-
-    def is_there(file: str) -> bool:
-        parent, name = os.path.split(file)
-        if parent not in names_in:
-            names_in[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
-        return name in names_in[parent]
-
-    missing = [number for number, (file, _) in enumerate(rows) if not is_there(file)]
+    missing = [number for number, (file, _) in enumerate(rows) if not os.path.lexists(file)]
     if not missing:
         return rows
     spellings, endings = {}, Image.registered_extensions()
-    for parent, _, names in os.walk(os.path.normpath(folder)):
-        for file in (os.path.join(parent, name) for name in names):
+    for parent, _, names in os.walk(folder):
+        for file in (os.path.normpath(os.path.join(parent, name)) for name in names):
             stem, ending = os.path.splitext(file)
             for key in {same_spelling(file), *([same_spelling(stem)] if ending.lower() in endings else [])}:
                 spellings.setdefault(key, []).append(file)
@@ -1891,7 +1874,7 @@ def encode(
         moments = encoded.latents, torch.zeros_like(encoded.latents)
     else:
         moments = encoded.latent_dist.mean, encoded.latent_dist.std
-    embeddings = encode_captions(pipeline.text_encoders, batch["input_ids"].to(device))
+    embeddings = encode_captions(text_encoders(pipeline.parts), batch["input_ids"].to(device))
     if "text_embeds" in embeddings:
         if pipeline.index.get("force_zeros_for_empty_prompt", True):
             for tensor in embeddings.values():
@@ -2385,9 +2368,7 @@ class Int8Config(TorchBaseConfig):
 
     name = "sd_unet_int8"
 
-    def __init__(
-        self, w_dtype: str = "int8", act_dtype: str = "uint8", white_list: Any = DEFAULT_WHITE_LIST, **kwargs: Any
-    ) -> None:
+    def __init__(self, w_dtype: str = "int8", act_dtype: str = "uint8", white_list: Any = DEFAULT_WHITE_LIST) -> None:
         super().__init__(white_list)
         if (w_dtype, act_dtype) not in (("int8", "uint8"), ("int8", "fp32"), ("fp32", "fp32")):
             raise ValueError(f"w_dtype={w_dtype}, act_dtype={act_dtype}: use int8, uint8 or int8, fp32 or fp32, fp32")
@@ -2472,19 +2453,14 @@ def int8_algorithm(unet: nn.Module, configs_mapping: dict, mode: Mode, **kwargs:
         if mode == Mode.PREPARE:
             if config.w_dtype == "int8":
                 fake = FAKE_INT8[kind].from_float(layer, quantize_input=config.act_dtype == "uint8")
-                replace_module(unet, name, fake)
+                unet.set_submodule(name, fake)
         elif config.w_dtype == "int8":
-            replace_module(unet, name, QuantizedTensors.from_fake(layer))
+            unet.set_submodule(name, QuantizedTensors.from_fake(layer))
         elif layer.weight.abs().max() < torch.finfo(torch.float16).max:  # bf16 is as small and 8 times coarser
             layer.weight = nn.Parameter(layer.weight.detach().half(), requires_grad=False)
     if mode == Mode.PREPARE:
         share_observers(unet)
     return unet
-
-
-def replace_module(unet: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(unet.get_submodule(parent), child, layer)
 
 
 def compile_fake_quantization(student: nn.Module, accelerator: Accelerator) -> bool:
@@ -2925,10 +2901,10 @@ def validate(
         generators = [generator_for(args.seed, "validation", index) for index in range(len(prompts))]
         size = {"height": args.resolution, "width": args.resolution, "num_inference_steps": VALIDATION_STEPS}
         with accelerator.autocast():
-            images.append(generate(prompts, generator=generators, output_type="np", **size).images)
+            images.append(generate(prompts, generator=generators, **size).images)
     state.student.train()
     for index, pair in enumerate(zip(*images)):
-        side_by_side = Image.fromarray((np.concatenate(pair, axis=1) * 255).round().astype(np.uint8))
+        side_by_side = make_image_grid(list(pair), rows=1, cols=2)
         with replacing(validation_path(args, state.step, index)) as partial:
             side_by_side.save(partial, format="PNG")
         for tracker in accelerator.trackers:
@@ -3261,7 +3237,7 @@ def save_int8(state: TrainState, config: Int8Config, pipeline: Pipeline, args: a
     payload = {
         "format": "sd-unet-int8",
         "format_version": 1,
-        "pipeline": pipeline_kind(pipeline.index),
+        "pipeline": "StableDiffusionXLPipeline" if is_xl(pipeline.index) else "StableDiffusionPipeline",
         "loras": pipeline.loras,
         "unet_config": {key: value for key, value in student.config.items() if not key.startswith("_")},
         "base_model": args.pretrained_model_name_or_path,
@@ -3290,8 +3266,7 @@ def next_command(quant_model: Path, pipeline: Pipeline, args: argparse.Namespace
     if pipeline.unet.config.sample_size is None:
         flags += [f"--height={args.resolution}", f"--width={args.resolution}"]
     if checkpoint.is_dir():
-        index = json.loads((checkpoint / "model_index.json").read_text(encoding="utf-8-sig"))
-        parts = [part for part in ("safety_checker", "feature_extractor") if (index.get(part) or [None])[0]]
+        parts = [part for part in ("safety_checker", "feature_extractor") if (pipeline.index.get(part) or [None])[0]]
         flags += ["--disable_safety_checker"] * any(not (checkpoint / part).is_dir() for part in parts)
     try:
         copy.deepcopy(pipeline.sampler).set_timesteps(50)  # the default

@@ -78,7 +78,7 @@ def trajectory(pipeline: trainer.Pipeline, args: argparse.Namespace) -> list[tup
     """(noisy_latents [2B, 4, H/8, W/8], timestep, encoder_hidden_states [2B, 77, D]) at evenly spread steps."""
     captions = [line for line in args.captions_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     captions = [captions[number * len(captions) // args.images_num] for number in range(args.images_num)]
-    (tokenizer,), (text_encoder,) = pipeline.tokenizers, pipeline.text_encoders
+    (tokenizer,), (text_encoder,) = pipeline.tokenizers, trainer.text_encoders(pipeline.parts)
     words = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
     input_ids = tokenizer([""] * args.images_num + captions, return_tensors="pt", **words).input_ids
     encoder_hidden_states = text_encoder(input_ids)[0]
@@ -138,13 +138,13 @@ class Replay:
     def changed(self, name: str, layer: nn.Module) -> torch.Tensor:
         """The output with `layer` in the place of `name`."""
         original, skipped = self.unet.get_submodule(name), self.done[: self.before[name]]
-        trainer.replace_module(self.unet, name, layer)
+        self.unet.set_submodule(name, layer)
         for block, output in skipped:
             block.forward = lambda *_, output=output, **__: output
         changed = self.unet(*self.inputs).sample
         for block, _ in skipped:
             del block.forward
-        trainer.replace_module(self.unet, name, original)
+        self.unet.set_submodule(name, original)
         return changed
 
 

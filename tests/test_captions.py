@@ -631,6 +631,15 @@ def test_files_are_found_by_the_spelling_of_windows_and_macos(tmp_path: Path, ca
     assert f"4 file names of the metadata are spelled otherwise on the disk, such as '{tmp_path}/\u00e9" in caplog.text
 
 
+def test_the_folder_may_be_the_one_that_the_command_runs_in(tmp_path: Path, monkeypatch) -> None:
+    for name in ("a.jpg", "B.jpg"):
+        (tmp_path / name).write_bytes(encoded_image(1))
+    write_rows(tmp_path, [{"file_name": name, "text": "a"} for name in ("a.jpg", "b.jpg")])
+    monkeypatch.chdir(tmp_path)
+    dataset = trainer.load_dataset(parse_folder(Path(".")), [tiny_pipeline().tokenizer])
+    assert [path for path, _ in dataset.rows] == ["a.jpg", "B.jpg"]
+
+
 def test_a_name_that_fits_two_files_is_not_guessed_and_missing_ones_are_counted(tmp_path: Path, caplog) -> None:
     for name in ("Two.jpg", "TWO.jpg", *(f"{n}.jpg" for n in range(18))):
         (tmp_path / name).write_bytes(encoded_image(1))

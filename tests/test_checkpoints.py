@@ -186,7 +186,7 @@ def test_textual_inversion_of_several_vectors_is_tokenized_as_the_pipeline_does(
     added = pipeline.tokenizers[0].convert_tokens_to_ids(["<cat>", "<cat>_1", "<cat>_2"])
     assert [token for token in ids[0, 0].tolist() if token in added] == added
     expected = load(text2images, folder).encode_prompt("a <cat> on a hill", "cpu", 1, False)[0]
-    assert torch.allclose(pipeline.text_encoders[0](ids[:, 0])[0], expected, atol=1e-5)
+    assert torch.allclose(trainer.text_encoders(pipeline.parts)[0](ids[:, 0])[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("weight", ["--feature_kd_weight", "--task_weight"])

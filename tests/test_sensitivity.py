@@ -29,10 +29,10 @@ def test_replay_gives_what_a_whole_run_with_the_changed_layer_gives() -> None:
         layer.weight.mul_(1.5)
         changed = replay.changed(name, layer)
         assert unet.get_submodule(name) is original
-        trainer.replace_module(unet, name, layer)
+        unet.set_submodule(name, layer)
         assert torch.equal(unet(*unet_inputs()).sample, changed), name
         assert not torch.equal(replay.output, changed), name
-        trainer.replace_module(unet, name, original)
+        unet.set_submodule(name, original)
     assert torch.equal(unet(*unet_inputs()).sample, replay.output)
     assert replay.before["conv_in"] == 0 and replay.before["conv_out"] == len(replay.done) > 5  # something is saved
 

@@ -362,6 +362,13 @@ def test_recipe_refuses_patterns_that_cannot_be_meant(pattern: str, message: str
         trainer.quantization_config(parse("--keep_float", pattern), tiny_unet())
 
 
+def test_recipe_refuses_a_key_that_it_does_not_know(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({"global": {"w_dtyp": "fp32", "act_dtype": "fp32"}}))
+    with pytest.raises(trainer.UsageError, match="--quantization_config .*w_dtyp"):
+        trainer.quantization_config(parse("--quantization_config", str(file)), tiny_unet())
+
+
 def test_recipe_with_no_pattern_quantizes_every_layer() -> None:
     unet = tiny_unet()
     mapping = trainer.quantization_config(parse("--keep_float"), unet)
