@@ -106,8 +106,8 @@ SMOOTHQUANT_ALPHA = 0.8  # share of an input channel's range that its weights ta
 WEIGHT_ONLY_ALPHA = 0.5  # likewise, where the input is not quantized
 # Training draws small timesteps more often: the UNet errs most there, and few denoising steps are left to correct it.
 TIMESTEP_EXPONENT = 2
-# Smoothing scales learn at this share of the scales' learning rate, in this first share of the steps: each change of
-# theirs rounds all weights anew, and the biases need the remaining steps to remove the systematic error of the last.
+# Smoothing scales train at this ratio of the scales' learning rate, which decays to 0 over this fraction of the steps:
+# each change of theirs rounds all weights anew, and the biases need the remaining steps to absorb the resulting error.
 SMOOTHING_LR_RATIO, SMOOTHING_LR_FRACTION = 0.3, 1 / 3
 COMPILE_MIN_PARAMS = 100_000_000  # smaller UNets train in the time that compiling takes
 BF16_MIN_PARAMS = 100_000_000  # smaller UNets train in fp32 within minutes; bf16's rounding would hide small errors
@@ -194,9 +194,9 @@ def add_model_and_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("quantization").add_argument
-    text = "layers kept in float, by regexes from the start of the name; replaces the default, empties --weight_only"
+    text = "layers kept in float, by regexes from the start of the name; given alone, empties --weight_only"
     add("--keep_float", nargs="*", metavar="REGEX", default=DEFAULT_KEEP_FLOAT, help=text)
-    text = "layers with int8 weights that compute in float, likewise; replaces the default, empties --keep_float"
+    text = "layers with int8 weights that compute in float, likewise; given alone, empties --keep_float"
     add("--weight_only", nargs="*", metavar="REGEX", default=DEFAULT_WEIGHT_ONLY, help=text)
     add("--quantization_config", type=Path, metavar="FILE.json", help="a complete one, as quant_model.pt has it")
     add("--calibration_steps", type=POSITIVE, default=200, help="batches that set the activations' ranges")
@@ -344,7 +344,7 @@ def generator_for(seed: int, *key: Any) -> torch.Generator:
 
 # ---------------------------------------------------------------- start: threads, precision, logging
 
-# accelerate launch forwards no signals, and a launcher may be killed: its end counts as SIGTERM
+# Process id of accelerate launch or torchrun. They forward no signals, and may be killed: their end counts as SIGTERM.
 LAUNCHER = os.getppid() if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None
 
 
@@ -1078,7 +1078,7 @@ def find_metadata(path: Path) -> Path:
             raise UsageError(f"{path} is neither a folder nor metadata: {instead_of_table(path)}")
         return path
     found = [path / name for name in METADATA_NAMES if (path / name).is_file()]
-    if len(found) == 1 or [file.suffix for file in found[1:]] == [".json"]:  # the last of another program
+    if len(found) == 1 or [file.suffix for file in found[1:]] == [".json"]:  # another tool's
         return found[0]
     problem = f"no metadata.jsonl; {instead_of_metadata(path)}"
     if found:
@@ -1422,7 +1422,7 @@ class CaptionedImages(Dataset):
                 failure = failure or f"{image_name(source, row)}: {reason}"
                 replaced += 1
                 row = self.replacement_index(row, draws[4], replaced)
-        image = image or Image.new("RGB", (1, 1))  # never trained with: RunMonitor ends the run
+        image = image or Image.new("RGB", (1, 1))  # a placeholder: RunMonitor ends the run before it is trained with
         position = (0.5, 0.5) if self.center_crop else (draws[0], draws[1])
         pixels, time_ids = crop_to_square(image, self.resolution, position, mirrored)
         caption = "" if emptied else self.choose(captions, draws)
@@ -1472,7 +1472,7 @@ class StreamedImages(CaptionedImages):
 
     def __init__(self, rows: Any, tokenizers: list[Any], args: argparse.Namespace, columns: Columns) -> None:
         super().__init__(rows, tokenizers, args, columns)
-        self.readers = self.parts = 1  # of more readers than files, each reads every so many-th pair of a file
+        self.readers = self.parts = 1  # where readers outnumber files, part p of a file is its pairs p, p + parts, ...
         first = itertools.islice(self.pairs(0, passes=1), STREAM_BLOCK)
         self.first_captions = [captions for _, captions in first]
         if not any(self.first_captions):
@@ -1520,6 +1520,7 @@ class StreamedImages(CaptionedImages):
 
     def pair(self, row: int) -> tuple[Any, list[str]]:
         position, reader = divmod(row, self.readers)
+        # The latest pairs are kept, as up to MAX_TRIES replacements of an unreadable image read ahead.
         pairs, latest = self.reading.setdefault(reader, (enumerate(self.pairs(reader)), deque(maxlen=32)))
         while not latest or latest[-1][0] < position:
             latest.append(next(pairs))
@@ -2079,7 +2080,7 @@ def lsq_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the inputs [n, channels] and of the logarithm of scale * smoothing, [channels].
 
-    The latter is the rounding error where nothing clips, and the clipped value elsewhere.
+    The latter is the gradient times the rounding error inside of the range, times the clipped value outside (LSQ).
     """
     step = scale * smoothing
     q = torch.round(rows.float() / step) + zero_point
@@ -2091,7 +2092,7 @@ def lsq_backward(
 
 
 def to_rows(x: torch.Tensor, channel_dim: int) -> torch.Tensor:
-    """[n, channels], contiguous (no copy where `x` is channels_last), and no view, which would be compiled apart."""
+    """[n, channels], contiguous (no copy where `x` is channels_last); detached, as views are compiled once more."""
     return x.movedim(channel_dim, -1).reshape(-1, x.shape[channel_dim]).contiguous().data
 
 
@@ -2173,7 +2174,7 @@ class ActivationObserver(nn.Module):
     def __init__(self, channels: int, channel_dim: int) -> None:
         super().__init__()
         self.channel_dim = channel_dim
-        self.readers = 1  # layers that read this activation
+        self.consumers = 1  # layers that read this activation
         self.register_buffer("log_smoothing", torch.zeros(channels))
         # observed minimum and maximum, [channels]; every range holds 0, as padding needs it
         self.register_buffer("low", torch.zeros(channels), persistent=False)
@@ -2202,11 +2203,11 @@ class ActivationFakeQuantizer(ActivationObserver):
 
     def __init__(self, channels: int, channel_dim: int) -> None:
         super().__init__(channels, channel_dim)
-        del self.log_smoothing  # a buffer there, learned here
+        del self.log_smoothing  # the base class's constant becomes a parameter
         self.log_smoothing, self.log_scale = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
-        self.waiting = 0  # readers yet to ask for the latest (input, quantized input)
-        self.latest: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.pending = 0  # consumers yet to ask for the cached (input, quantized input)
+        self.cached: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
     def compute_qparams(self) -> None:
@@ -2217,14 +2218,14 @@ class ActivationFakeQuantizer(ActivationObserver):
         self.zero_point.copy_(torch.round(-low / scale).clamp(0, 255))
 
     def forward(self, x: torch.Tensor, compiled: bool = False) -> torch.Tensor:
-        """Quantize for the first reader, and keep the result until the last one has it."""
-        if self.latest is None or self.latest[0] is not x:
+        """Layers with the same input, as q, k and v, call this one by one: the first quantizes, the others get that."""
+        if self.cached is None or self.cached[0] is not x:
             qparams = self.log_smoothing, self.log_scale, self.zero_point
-            self.latest = x, FakeQuantizeActivation.apply(x, self.channel_dim, *qparams, compiled)
-            self.waiting = self.readers
-        quantized, self.waiting = self.latest[1], self.waiting - 1
-        if self.waiting == 0:
-            self.latest = None
+            self.cached = x, FakeQuantizeActivation.apply(x, self.channel_dim, *qparams, compiled)
+            self.pending = self.consumers
+        quantized, self.pending = self.cached[1], self.pending - 1
+        if self.pending == 0:
+            self.cached = None
         return quantized
 
 
@@ -2318,7 +2319,7 @@ def share_observers(unet: nn.Module) -> None:
             if isinstance(layer, FakeInt8):
                 layer.observer = shared.setdefault(type(layer.observer), layer.observer)
     for observer, layers in layers_by_observer(unet).items():
-        observer.readers = len(layers)
+        observer.consumers = len(layers)
 
 
 def layers_by_observer(unet: nn.Module) -> dict[ActivationObserver, list[nn.Module]]:
@@ -2466,8 +2467,8 @@ def int8_algorithm(unet: nn.Module, configs_mapping: dict, mode: Mode, **kwargs:
 def compile_fake_quantization(student: nn.Module, accelerator: Accelerator) -> bool:
     """Compile fake quantization, for large UNets on CPUs: up to half a minute once, as the result is cached on disk.
 
-    It is compiled by a layer of medium size: kernels compiled for small inputs are single-threaded, and are reused for
-    all sizes. Returns whether it is compiled.
+    A layer of medium size compiles it: kernels compiled for small inputs are single-threaded, and serve all sizes.
+    Returns whether it is compiled.
     """
     size = sum(parameter.numel() for parameter in student.parameters())
     if size < COMPILE_MIN_PARAMS or accelerator.device.type != "cpu":
@@ -2871,7 +2872,7 @@ def save_checkpoint(state: TrainState, args: argparse.Namespace) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(f"{folder} was not written ({root_os_error(error)}); earlier ones are kept") from error
     kept = checkpoints(args.output_dir)
-    kept = kept[: kept.index(folder) + 1]  # later ones are of an earlier run
+    kept = kept[: kept.index(folder) + 1]  # those with more steps were left in this folder by an earlier run
     for old in kept[: -args.checkpoints_total_limit]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -2916,7 +2917,7 @@ def validate(
 
 # ---------------------------------------------------------------- training.png
 
-CURVE_POINTS = 1000  # fewest points of a long run's curve; it has less than twice as many
+CURVE_POINTS = 1000  # a long run's curve has from so many to twice as many points
 SHOWN_PROMPTS, SHOWN_STEPS = 3, 3  # validation images in training.png
 RATES = ("biases", "scales", "smoothing scales")  # the optimizer's last parameter groups
 

@@ -96,7 +96,7 @@ def test_a_row_joins_speed_and_fidelity_of_one_setting(repository: Path) -> None
     in_bf16 = row_of(text, "**this repository's int8**, the rest in bf16")
     assert in_bf16 == ["1000 (0.25)", "2.0", "1.00 (0.25)", "51.00 [50.50, 51.50]", ""]
     assert row_of(text, "**this repository's int8**, the rest in fp32")[2:4] == ["1.50 (0.38)", "55.00 [54.50, 55.50]"]
-    assert row_of(text, "bf16")[3:] == ["52.00 [51.50, 52.50]", "0.00010"]
+    assert row_of(text, "bf16, diffusers")[3:] == ["52.00 [51.50, 52.50]", "0.00010"]
     assert "OpenVINO's own int8 (NNCF), the rest in bf16" in text.partition("Not measured yet: ")[2]
     assert "A CPU (AVX512-BF16, AVX512-VNNI), 1 thread, torch 2.13.0, openvino 2026.4.1" in text
     assert "measured 2026-01-31 at commit 0123456789." in text and "benchmarks/unet_step.py" not in text

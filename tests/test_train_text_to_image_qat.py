@@ -142,11 +142,11 @@ def test_one_input_is_quantized_once_for_all_layers_that_read_it(monkeypatch: py
     results = []
     counting = mock.Mock(side_effect=trainer.fake_quantize_activation)
     monkeypatch.setattr(trainer, "fake_quantize_activation", counting)
-    for readers in (3, 1):
+    for consumers in (3, 1):
         unet = calibrated_unet()
         attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
-        assert attention.to_q.observer.readers == 3
-        attention.to_q.observer.readers = readers
+        assert attention.to_q.observer.consumers == 3
+        attention.to_q.observer.consumers = consumers
         counting.reset_mock()
         x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
         sum(
@@ -155,7 +155,7 @@ def test_one_input_is_quantized_once_for_all_layers_that_read_it(monkeypatch: py
         grid = attention.to_q.observer
         gradients = x.grad, grid.log_scale.grad, grid.log_smoothing.grad, attention.to_k.weight.grad
         results.append((counting.call_count, *gradients))
-        assert attention.to_q.observer.latest is None  # nothing is kept in memory
+        assert attention.to_q.observer.cached is None  # nothing is kept in memory
     (once, *shared), (thrice, *alone) = results
     assert (once, thrice) == (1, 3)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(shared, alone))
