@@ -1,6 +1,8 @@
 # make demo, make test: nothing but Python 3.11+ and make is needed beforehand; both share one environment.
 PYTHON ?= python3
 PIP_FLAGS ?=
+# PyPI's torch is the CUDA build, with gigabytes of libraries. Where this cannot be reached, pip's own index is used.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 MODEL := demo/tiny-stable-diffusion
 OUT := demo/output
@@ -12,6 +14,7 @@ CAPTIONS := "a photo of an astronaut riding a horse on mars" \
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
+	-$(BIN)/pip install $(PIP_FLAGS) --retries 0 --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt)
 	$(BIN)/pip install $(PIP_FLAGS) -r requirements.txt
 	touch $@
 

@@ -339,8 +339,8 @@ def commands(training: Row, runs: Row) -> Content:
     content = Content(["SD v1.5, 512 pixels", "time", "peak memory", "disk"])
     hours, ours = hours_of_training(training), training_rows(training, checkpointing=True).get(OURS, {})
     time = f"{sum(hours):.1f} h, computed from a step at batch 1" if hours else ""
-    disk = f"{2 * CHECKPOINT_BYTES / 1e9:.1f} GB, computed: two checkpoints" if hours else ""
-    memory = f"{ours['peak_gib']:.1f} GiB in the variant for 24 GB below" if ours.get("peak_gib") else ""
+    disk = f"{3 * CHECKPOINT_BYTES / 1e9:.0f} GB, computed: three checkpoints" if hours else ""
+    memory = f"{ours['peak_gib']:.1f} GiB, a step in the variant for 24 GB" if ours.get("peak_gib") else ""
     content.rows.append(["training", time, memory, disk])
     by_steps = {(row["name"], row["steps"]): row for row in runs.get("rows", [])}
     for (name, steps), row in by_steps.items():
