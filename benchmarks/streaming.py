@@ -48,7 +48,7 @@ def write_tars(folder: Path, samples: int, per_tar: int) -> None:
     for shard in range(-(-samples // per_tar)):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for number in range(shard * per_tar, min(samples, (shard + 1) * per_tar)):
-                caption = f"a small picture with the number {number}"
+                caption = f"a small image with the number {number}"
                 members = {
                     "jpg": images[number % len(images)],
                     "txt": caption.encode(),
@@ -136,7 +136,7 @@ def start_on_folder(folder: Path, rows: int) -> dict:
     """Until the first keys are known: no image is looked at before its turn."""
     with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
         for number in range(rows):
-            line = {"file_name": f"{number // 10000:05d}/{number:09d}.jpg", "text": f"the picture with number {number}"}
+            line = {"file_name": f"{number // 10000:05d}/{number:09d}.jpg", "text": f"the image with number {number}"}
             file.write(json.dumps(line) + "\n")
     began = time.perf_counter()
     pairs = trainer.read_metadata(folder, "file_name", "text")

@@ -479,7 +479,7 @@ CHANGES = {
     "int8-ptq-painting": "... or all of these as by default (some with int8 weights)",
     "int8-ptq-painting-without-smoothing": "that without smoothing scales",
     "int8-ptq-painting-least-error": "that with ranges of least squared error",
-    "int8-ptq": "that with the ranges of noised pictures: the default",
+    "int8-ptq": "that with the ranges of noised images: the default",
     "int8-qat-300-steps": "the default",
     "int8-qat-300-steps-one-rate": "one learning rate for all weights, whatever their size",
     "int8-qat-300-steps-no-ema": "without `--use_ema`",
