@@ -248,7 +248,8 @@ def encoding(args: argparse.Namespace) -> list[float]:
         text_encoder = CLIPTextModel.from_pretrained(args.unet.parent, subfolder="text_encoder")
     else:
         vae, text_encoder = full_size.vae(), CLIPTextModel(full_size.text_config())
-    pipeline = argparse.Namespace(vae=vae.to(memory_format=torch.channels_last), text_encoders=[text_encoder])
+    vae.to(memory_format=torch.channels_last)
+    pipeline = argparse.Namespace(vae=vae, parts={"text_encoder": text_encoder, "vae": vae})
     edge, words = 8 * args.edge, torch.randint(text_encoder.config.vocab_size, (args.batch_size, 1, 77))
     batch, seconds = {"pixel_values": torch.rand(args.batch_size, 3, edge, edge), "input_ids": words}, []
     for number in range(args.warmup + args.rounds):
