@@ -1,28 +1,25 @@
-// Attention for long sequences on CPUs with AVX-512, in bf16 or fp32: softmax(q kᵀ / √D) v.
+// Attention for long sequences in bf16, on CPUs with AVX512-BF16, AVX512-VBMI and perhaps AMX: softmax(q kᵀ / √D) v.
 //
 // text2images.py builds this file with the C++ compiler that is there, and OpenVINO's model of the UNet then calls it
-// for attention of many queries. Inputs and output are of one type, and have the layout [B, L, heads, D]; products are
-// of that type, too, with fp32 sums. bf16 needs AVX512-BF16 and AVX512-VBMI, and uses AMX.
+// for attention of many queries where its float layers are in bf16. Inputs and output have the layout [B, L, heads, D].
 //
-// How a head is computed, 32 queries at a time, over keys in chunks of 256 (in fp32, 128):
+// How a head is computed, 32 queries at a time, over keys in chunks of 256:
 //   scores   S [32, 32 keys] = q kᵀ          (product of two packed matrices)
-//   weights  P [32, 256]     = 2^(S c)       (c = log2 e / √D; rounded to the type)
+//   weights  P [32, 256]     = 2^(S c)       (c = log2 e / √D; rounded to bf16)
 //   output   O [32, D + 1]  += P [v, 1]      (product of two packed matrices; the last column is the weights' sum)
 // and at the end O / sum. S, P and O stay in the L1 and L2 caches: the [L, L] matrix of the scores, which makes
-// attention slow, is never in memory. The packed keys and values of a head (in bf16, 1 MB at L = 4096) are read from L2.
+// attention slow, is never in memory. The packed keys and values of a head (1 MB at L = 4096) are read from L2.
 //
 // A tile is a register of AMX that holds 16 rows of 64 bytes. One instruction multiplies a tile of 16 x 32 bf16 numbers
 // with one of 32 x 16, and adds the product to a tile of 16 x 16 fp32 numbers. So matrices are packed in tiles here,
 // with the pairs of a column side by side in the second factor, as the instruction wants them. CPUs with
 // AVX512-BF16 and no AMX have an instruction that does so for one row of a tile: it runs on the same packed matrices.
-// So does fp32's multiplication with addition, if a single fp32 number stands in the place of each pair: a cell is four
-// bytes, and holds either.
 //
-// Exponentials would take longer than the products in bf16, so there weights are made by integer instructions, 32 at a
-// time. Read as an integer, the bits of a bf16 number are 128 times 127 + its logarithm, but that between powers of two
-// there is a straight line in the logarithm's place. So those of 2^x are 128 (127 + x), rounded, less what the line has
-// more: that is in a table of 64 bytes. Such weights err by 2.0e-3 (rms), where an exact exponential, rounded to bf16,
-// errs by 1.7e-3. Their sum is taken of the weights as they are, so that they add up to 1.
+// Exponentials would take longer than the products, so weights are made by integer instructions, 32 at a time. Read as
+// an integer, the bits of a bf16 number are 128 times 127 + its logarithm, but that between powers of two there is a
+// straight line in the logarithm's place. So those of 2^x are 128 (127 + x), rounded, less what the line has more: that
+// is in a table of 64 bytes. Such weights err by 2.0e-3 (rms), where an exact exponential, rounded to bf16, errs by
+// 1.7e-3. Their sum is taken of the weights as they are, so that they add up to 1.
 //
 // Why no running maximum is needed where |q| |k| is bounded: by Cauchy and Schwarz, c q k lies between -B and B, with
 // B := c |q| max |k|. So with B <= 80, the sum of a million weights lies between 2^-80 and 2^100: fp32 and bf16, which
@@ -43,11 +40,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <type_traits>
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-#define WITH_BF16
-#endif
 #ifdef EMULATED_TILES  // tests, on CPUs without AMX
 #include EMULATED_TILES
 #endif
@@ -56,24 +49,17 @@ namespace {
 
 using bf16 = uint16_t;
 
-constexpr int TILE = 16;             // rows of a tile; cells of a row
-constexpr int TILE_FP32 = 256;       // fp32 numbers in a tile
-template <class N>
-constexpr int PER_ROW = 64 / sizeof(N);  // numbers in a tile's row: 32 of bf16, 16 of fp32
-template <class N>
-constexpr int PER_TILE = TILE * PER_ROW<N>;
-template <class N>
-constexpr bool IS_BF16 = std::is_same_v<N, bf16>;
+constexpr int TILE = 16;             // rows of a tile; cells of a row, each of which holds a pair
+constexpr int ROW = 2 * TILE;        // bf16 numbers in a tile's row
+constexpr int TILE_BF16 = TILE * ROW;   // and in a tile
+constexpr int TILE_FP32 = TILE * TILE;  // fp32 numbers in a tile
 constexpr int QUERIES = 32;          // queries computed at a time: two tiles
 constexpr int GROUP = 4;             // times as many queries go through the keys together
 constexpr int KEYS = 32;             // keys of one block of scores: two tiles
-template <class N>
-constexpr int CHUNK = 8 * PER_ROW<N>;  // keys between two products with the values
+constexpr int CHUNK = 256;           // keys between two products with the values
 constexpr float LARGEST_BOUND = 80;  // 2^80 times a million, and 2^-80, are far from the ends of fp32
 constexpr int OCTAVE = 256;          // x is computed in 256ths: two for each of bf16's numbers
 constexpr float LOG2_E = 1.44269504f;
-// 2^f for f between -1/2 and 1/2, to 8e-8 of it: coefficients of f^5 to 1.
-constexpr float POWERS[] = {1.32764713e-3f, 9.67554189e-3f, 5.55071309e-2f, 0.240221202f, 0.693146944f, 1.00000012f};
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -94,15 +80,14 @@ Buffer<T> allocate(int64_t count) {
 }
 
 // Memory that only grows.
-template <class N>
 class Workspace {
-    Buffer<N> memory;
+    Buffer<bf16> memory;
     int64_t size = 0;
 
 public:
-    N* at_least(int64_t count) {
+    bf16* at_least(int64_t count) {
         if (count > size) {
-            memory = allocate<N>(count);
+            memory = allocate<bf16>(count);
             size = count;
         }
         return memory.get();
@@ -112,10 +97,6 @@ public:
 // ---------------------------------------------------------------- numbers
 
 // The first `count` of 16 numbers as fp32; the rest are 0.
-__m512 load(const float* from, int count) { return _mm512_maskz_loadu_ps(_cvtu32_mask16((1u << count) - 1), from); }
-void store(float* to, __m512 x, int count) { _mm512_mask_storeu_ps(to, _cvtu32_mask16((1u << count) - 1), x); }
-
-#ifdef WITH_BF16
 __m512 load(const bf16* from, int count) {
     const __m256i raw = _mm256_maskz_loadu_epi16(_cvtu32_mask16((1u << count) - 1), from);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
@@ -162,80 +143,12 @@ void weigh_keys(bf16* to, __m512 left, __m512 right, float largest, float octave
     const __m512i more = _mm512_mask_permutexvar_epi8(bias, 0x5555555555555555, step, excess);
     _mm512_store_si512(to, _mm512_srli_epi16(_mm512_add_epi16(x, more), 1));
 }
-#endif
-
-// 2^(S c) of 16 scores in fp32, to 2e-7 of each: 2^n times a polynomial for what is left, between -1/2 and 1/2.
-template <bool bounded>
-__m512 exponentials(__m512 scores, float largest, float octaves) {
-    if (!bounded) scores = _mm512_sub_ps(scores, _mm512_set1_ps(largest));
-    __m512 x = _mm512_mul_ps(scores, _mm512_set1_ps(octaves));
-    if (!bounded) {  // not less than 2^-126, as denormal numbers take long; keys that are padding may have a larger score
-        x = _mm512_max_ps(x, _mm512_set1_ps(-126));
-        x = _mm512_min_ps(x, _mm512_setzero_ps());
-    }
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(x, n);
-    __m512 power = _mm512_set1_ps(POWERS[0]);
-    for (int i = 1; i < 6; i++) power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(POWERS[i]));
-    return _mm512_scalef_ps(power, n);
-}
-
-// Likewise of 32 scores, in two tiles that are next to each other but for the other half of the queries.
-template <bool bounded>
-void weigh_keys(float* to, __m512 left, __m512 right, float largest, float octaves) {
-    _mm512_store_ps(to, exponentials<bounded>(left, largest, octaves));
-    _mm512_store_ps(to + 2 * PER_TILE<float>, exponentials<bounded>(right, largest, octaves));
-}
-
 // ---------------------------------------------------------------- products of packed matrices
 
 // C = A B, or C += A B, where A has two rows of tiles and B one column of tiles or two; `depth` is how many tiles the
 // rows of A and the columns of B have, and `last_cells` how many cells of the last of them are not padding. Tile t of
 // row i is at a + t * a_step + i * a_row, tile t of column j at b + t * b_step + j * b_column, and C's tile (i, j) at
 // c + (2 j + i) * 256.
-
-__m512 multiply_add(float, __m512 sums, __m512i cell, __m512i column) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(cell), _mm512_castsi512_ps(column), sums);
-}
-
-#ifdef WITH_BF16
-__m512 multiply_add(bf16, __m512 sums, __m512i cell, __m512i column) {
-    return _mm512_dpbf16_ps(sums, (__m512bh)cell, (__m512bh)column);
-}
-#endif
-
-template <class N, bool two_columns, bool add>
-inline void product_by_rows(const N* a, int64_t a_step, int64_t a_row, const N* b, int64_t b_step, int64_t b_column,
-                            float* c, int depth, int last_cells) {
-    constexpr int ROWS = 8, COLUMNS = two_columns ? 2 : 1, CELL = 4 / sizeof(N);  // 16 of the 32 registers hold sums
-    for (int row = 0; row < QUERIES; row += ROWS) {
-        const N* rows = a + row / TILE * a_row + row % TILE * PER_ROW<N>;
-        float* sums = c + row / TILE * TILE_FP32 + row % TILE * TILE;
-        __m512 sum[ROWS][COLUMNS];
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++)
-            for (int j = 0; j < COLUMNS; j++)
-                sum[r][j] = add ? _mm512_load_ps(sums + r * TILE + j * 2 * TILE_FP32) : _mm512_setzero_ps();
-        for (int t = 0; t < depth; t++) {
-            const int cells = t == depth - 1 ? last_cells : TILE;
-            for (int p = 0; p < cells; p++) {
-                __m512i column[COLUMNS];
-                for (int j = 0; j < COLUMNS; j++)
-                    column[j] = _mm512_load_si512(b + t * b_step + j * b_column + p * PER_ROW<N>);
-#pragma GCC unroll 8
-                for (int r = 0; r < ROWS; r++) {
-                    int32_t cell;
-                    std::memcpy(&cell, rows + t * a_step + r * PER_ROW<N> + p * CELL, 4);
-                    const __m512i broadcast = _mm512_set1_epi32(cell);
-                    for (int j = 0; j < COLUMNS; j++) sum[r][j] = multiply_add(N(), sum[r][j], broadcast, column[j]);
-                }
-            }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++)
-            for (int j = 0; j < COLUMNS; j++) _mm512_store_ps(sums + r * TILE + j * 2 * TILE_FP32, sum[r][j]);
-    }
-}
 
 #if defined(__AMX_BF16__) || defined(EMULATED_TILES)
 
@@ -277,8 +190,8 @@ public:
 };
 
 template <bool two_columns, bool add>
-inline void product_by_tiles(const bf16* a, int64_t a_step, int64_t a_row, const bf16* b, int64_t b_step,
-                             int64_t b_column, float* c, int depth) {
+inline void product(const bf16* a, int64_t a_step, int64_t a_row, const bf16* b, int64_t b_step, int64_t b_column,
+                    float* c, int depth, int) {
     all_written();
     if (!add) {
         _tile_zero(0);
@@ -313,27 +226,46 @@ inline void product_by_tiles(const bf16* a, int64_t a_step, int64_t a_row, const
     }
 }
 
-template <class N, bool two_columns, bool add>
-inline void product(const N* a, int64_t a_step, int64_t a_row, const N* b, int64_t b_step, int64_t b_column, float* c,
-                    int depth, int last_cells) {
-    if constexpr (IS_BF16<N>)
-        product_by_tiles<two_columns, add>(a, a_step, a_row, b, b_step, b_column, c, depth);
-    else
-        product_by_rows<N, two_columns, add>(a, a_step, a_row, b, b_step, b_column, c, depth, last_cells);
-}
-
 #else
 
 bool tiles_allowed() { return true; }
 struct Tiles {};
 
-template <class N, bool two_columns, bool add>
-constexpr auto product = product_by_rows<N, two_columns, add>;
+template <bool two_columns, bool add>
+inline void product(const bf16* a, int64_t a_step, int64_t a_row, const bf16* b, int64_t b_step, int64_t b_column,
+                            float* c, int depth, int last_cells) {
+    constexpr int ROWS = 8, COLUMNS = two_columns ? 2 : 1;  // 16 of the 32 registers hold sums
+    for (int row = 0; row < QUERIES; row += ROWS) {
+        const bf16* rows = a + row / TILE * a_row + row % TILE * ROW;
+        float* sums = c + row / TILE * TILE_FP32 + row % TILE * TILE;
+        __m512 sum[ROWS][COLUMNS];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+            for (int j = 0; j < COLUMNS; j++)
+                sum[r][j] = add ? _mm512_load_ps(sums + r * TILE + j * 2 * TILE_FP32) : _mm512_setzero_ps();
+        for (int t = 0; t < depth; t++) {
+            const int cells = t == depth - 1 ? last_cells : TILE;
+            for (int p = 0; p < cells; p++) {
+                __m512i column[COLUMNS];
+                for (int j = 0; j < COLUMNS; j++)
+                    column[j] = _mm512_load_si512(b + t * b_step + j * b_column + p * ROW);
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++) {
+                    int32_t cell;
+                    std::memcpy(&cell, rows + t * a_step + r * ROW + 2 * p, 4);
+                    const __m512i broadcast = _mm512_set1_epi32(cell);
+                    for (int j = 0; j < COLUMNS; j++)
+                        sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)broadcast, (__m512bh)column[j]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+            for (int j = 0; j < COLUMNS; j++) _mm512_store_ps(sums + r * TILE + j * 2 * TILE_FP32, sum[r][j]);
+    }
+}
 
 #endif
-
-template <class N>
-using TilesFor = std::conditional_t<IS_BF16<N>, Tiles, int>;  // fp32 needs none
 
 // ---------------------------------------------------------------- one attention
 
@@ -341,22 +273,21 @@ struct Sizes {
     int64_t batch, queries, keys, heads;
 };
 
-// Keys and values of one head, packed in blocks of 32: keys [2][KEY_TILES] tiles of kᵀ; values, for each row of cells,
-// [VALUE_TILES] tiles of [v, 1].
-template <int D, class N>
+// Keys and values of one head, packed in blocks of 32: keys [2][KEY_TILES] tiles of kᵀ; values [VALUE_TILES] tiles of
+// [v, 1].
+template <int D>
 struct Packed {
-    static constexpr int PER_CELL = 4 / sizeof(N), ROW = PER_ROW<N>, SIZE = PER_TILE<N>;
     static constexpr int PARTS = (D + 15) / 16;  // of 16 numbers each
     static constexpr int KEY_TILES = (D + ROW - 1) / ROW, VALUE_TILES = D / 16 + 1;
-    static constexpr int LAST_CELLS = (D - ROW * (KEY_TILES - 1)) / PER_CELL;
-    static constexpr int KEY_BLOCK = 2 * KEY_TILES * SIZE, VALUE_BLOCK = KEYS / ROW * VALUE_TILES * SIZE;
-    N *keys, *values;
+    static constexpr int LAST_CELLS = (D - ROW * (KEY_TILES - 1)) / 2;
+    static constexpr int KEY_BLOCK = 2 * KEY_TILES * TILE_BF16, VALUE_BLOCK = VALUE_TILES * TILE_BF16;
+    bf16 *keys, *values;
     float longest_key;  // max |k|; infinite where one is not finite
 };
 
 // Numbers 16 t .. 16 t + 15 of a row of D; 0 where there are none.
-template <int D, class N>
-__m512 load_part(const N* row, int t) {
+template <int D>
+__m512 load_part(const bf16* row, int t) {
     const int count = std::min(16, D - 16 * t);
     return count > 0 ? load(row + 16 * t, count) : _mm512_setzero_ps();
 }
@@ -369,94 +300,68 @@ float squared_length(__m512 squares) {
 
 // Tile t's row of one vector of D numbers; adds their squares.
 template <int D>
-__m512i load_row(const float* from, int t, __m512& squares) {
-    const __m512 x = load_part<D>(from, t);
-    squares = _mm512_fmadd_ps(x, x, squares);
-    return _mm512_castps_si512(x);
-}
-#ifdef WITH_BF16
-template <int D>
 __m512i load_row(const bf16* from, int t, __m512& squares) {
     const __m512 left = load_part<D>(from, 2 * t), right = load_part<D>(from, 2 * t + 1);
     squares = _mm512_fmadd_ps(left, left, _mm512_fmadd_ps(right, right, squares));
     return (__m512i)_mm512_cvtne2ps_pbh(right, left);
 }
-#endif
 
 // Packs up to 32 keys; the rest are 0. Returns the largest |k|².
-template <int D, class N>
-float pack_keys(const N* k, int count, int64_t stride, N* to) {
+template <int D>
+float pack_keys(const bf16* k, int count, int64_t stride, bf16* to) {
     const __m512i column = _mm512_mullo_epi32(
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(TILE));
     float longest = 0;
     for (int half = 0; half < 2; half++) {
         __m512 squares[TILE] = {};
-        for (int t = 0; t < Packed<D, N>::KEY_TILES; t++, to += PER_TILE<N>) {
+        for (int t = 0; t < Packed<D>::KEY_TILES; t++, to += TILE_BF16) {
             alignas(64) int32_t cells[TILE][TILE] = {};  // of this tile's numbers, for each key
             for (int n = 0; n < std::min(TILE, count - half * TILE); n++)
                 _mm512_store_si512(cells[n], load_row<D>(k + (half * TILE + n) * stride, t, squares[n]));
             for (int p = 0; p < TILE; p++)  // cell p of all keys is row p of the tile
-                _mm512_store_si512(to + p * PER_ROW<N>, _mm512_i32gather_epi32(column, &cells[0][p], 4));
+                _mm512_store_si512(to + p * ROW, _mm512_i32gather_epi32(column, &cells[0][p], 4));
         }
         for (const __m512& sums : squares) longest = std::max(longest, squared_length(sums));
     }
     return longest;
 }
 
-// Which of 32 keys is the first in a cell of row `row` of the tiles of values whose keys begin at `begin`; bf16's are in
-// the order of weigh_keys.
-template <class N>
-int first_key(int begin, int row) {
-    return IS_BF16<N> ? row / 4 * 4 + row / 2 % 2 * TILE + row % 2 * 2 : begin + row;
-}
-
-// A row of 16 cells, from 16 numbers of each key in them.
-void store_cells(float* to, const __m512 (&parts)[1]) { _mm512_store_ps(to, parts[0]); }
-#ifdef WITH_BF16
-void store_cells(bf16* to, const __m512 (&parts)[2]) {
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(parts[0]));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(parts[1]));
-    _mm512_store_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-#endif
-
-// Packs up to 32 values, each with a 1 as its last number; the rest are 0.
-template <int D, class N>
-void pack_values(const N* v, int count, int64_t stride, N* to) {
-    using Head = Packed<D, N>;
-    for (int begin = 0; begin < KEYS; begin += Head::ROW)
-        for (int t = 0; t < Head::VALUE_TILES; t++, to += Head::SIZE)
-            for (int row = 0; row < TILE; row++) {
-                __m512 parts[Head::PER_CELL];
-                for (int i = 0; i < Head::PER_CELL; i++) {
-                    const int key = first_key<N>(begin, row) + i;
-                    parts[i] = key < count ? load_part<D>(v + key * stride, t) : _mm512_setzero_ps();
-                    const bool one = key < count && t == Head::VALUE_TILES - 1;
-                    if (one) parts[i] = _mm512_mask_mov_ps(parts[i], 1 << 15, _mm512_set1_ps(1));
-                }
-                store_cells(to + row * Head::ROW, parts);
+// Packs up to 32 values, each with a 1 as its last number; the rest are 0. Keys are in the order of weigh_keys.
+template <int D>
+void pack_values(const bf16* v, int count, int64_t stride, bf16* to) {
+    for (int t = 0; t < Packed<D>::VALUE_TILES; t++, to += TILE_BF16)
+        for (int row = 0; row < TILE; row++) {
+            __m512i cells[2];  // of the row's two keys
+            for (int i = 0; i < 2; i++) {
+                const int key = row / 4 * 4 + row / 2 % 2 * TILE + row % 2 * 2 + i;
+                __m512 part = key < count ? load_part<D>(v + key * stride, t) : _mm512_setzero_ps();
+                const bool one = key < count && t == Packed<D>::VALUE_TILES - 1;
+                if (one) part = _mm512_mask_mov_ps(part, 1 << 15, _mm512_set1_ps(1));
+                cells[i] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(part));
             }
+            _mm512_store_si512(to + row * ROW, _mm512_or_si512(cells[0], _mm512_slli_epi32(cells[1], 16)));
+        }
 }
 
 // What a thread needs to compute 32 queries of a head.
-template <int D, class N>
+template <int D>
 struct Block {
-    using Head = Packed<D, N>;
-    static constexpr int SIZE = Head::SIZE, ROW = Head::ROW, WEIGHT_BLOCK = KEYS / ROW * 2 * SIZE;
-    alignas(64) N q[2 * Head::KEY_TILES * SIZE];
-    alignas(64) float scores[CHUNK<N> / KEYS * 4 * TILE_FP32];
-    alignas(64) N weights[CHUNK<N> / KEYS * WEIGHT_BLOCK];
+    using Head = Packed<D>;
+    static constexpr int SIZE = TILE_BF16;
+    alignas(64) bf16 q[2 * Head::KEY_TILES * SIZE];
+    alignas(64) float scores[CHUNK / KEYS * 4 * TILE_FP32];
+    alignas(64) bf16 weights[CHUNK / KEYS * 2 * SIZE];
     alignas(64) float output[(Head::VALUE_TILES + 1) / 2 * 4 * TILE_FP32];
     float largest[QUERIES];  // score so far, where there is no bound
     bool spoiled[QUERIES];   // by a score that is infinite or not a number
 
     static constexpr float C() { return LOG2_E / __builtin_sqrtf(D); }
 
-    float pack_queries(const N* from, int rows, int64_t stride) {  // returns the largest |q|
+    float pack_queries(const bf16* from, int rows, int64_t stride) {  // returns the largest |q|
         std::memset(q, 0, sizeof q);
         float longest = 0;
         for (int r = 0; r < rows; r++) {
-            N* to = q + r / TILE * Head::KEY_TILES * SIZE + r % TILE * ROW;
+            bf16* to = q + r / TILE * Head::KEY_TILES * SIZE + r % TILE * ROW;
             __m512 squares = _mm512_setzero_ps();
             for (int t = 0; t < Head::KEY_TILES; t++)
                 _mm512_store_si512(to + t * SIZE, load_row<D>(from + r * stride, t, squares));
@@ -466,14 +371,14 @@ struct Block {
     }
 
     // Scores of 32 queries and 32 keys: tiles of [keys half][queries half].
-    void score(const N* keys, float* to) {
+    void score(const bf16* keys, float* to) {
         constexpr int64_t row = Head::KEY_TILES * SIZE;
-        product<N, true, false>(q, SIZE, row, keys, SIZE, row, to, Head::KEY_TILES, Head::LAST_CELLS);
+        product<true, false>(q, SIZE, row, keys, SIZE, row, to, Head::KEY_TILES, Head::LAST_CELLS);
     }
 
     // Weights 2^(S c) of 32 queries and 32 keys, from their scores; where those are not bounded, less the largest.
     template <bool bounded>
-    void weigh(const float* from, N* to) {
+    void weigh(const float* from, bf16* to) {
         for (int half = 0; half < 2; half++, from += TILE_FP32, to += SIZE)
 #pragma GCC unroll 16
             for (int r = 0; r < TILE; r++) {
@@ -509,17 +414,17 @@ struct Block {
 
     float* output_row(int r, int tile) { return output + (2 * tile + r / TILE) * TILE_FP32 + r % TILE * TILE; }
 
-    void add_values(const N* values, int64_t keys) {
-        const int depth = ceil_div(keys, KEYS) * (KEYS / ROW);
+    void add_values(const bf16* values, int64_t keys) {
+        const int depth = ceil_div(keys, KEYS);
         for (int t = 0; t < Head::VALUE_TILES; t += 2) {
-            const auto add = t + 1 < Head::VALUE_TILES ? product<N, true, true> : product<N, false, true>;
+            const auto add = t + 1 < Head::VALUE_TILES ? product<true, true> : product<false, true>;
             add(weights, 2 * SIZE, SIZE, values + t * SIZE, Head::VALUE_TILES * SIZE, SIZE, output + 2 * t * TILE_FP32,
                 depth, TILE);
         }
     }
 
     template <bool bounded>
-    void add_chunk(const N* keys, const N* values, int64_t count) {
+    void add_chunk(const bf16* keys, const bf16* values, int64_t count) {
         const int blocks = ceil_div(count, KEYS);
         // The next block's products come before this one's weights, which the core can compute at the same time.
         const int ahead = bounded ? 1 : blocks;
@@ -529,14 +434,14 @@ struct Block {
         if (!bounded) find_largest(count);
         for (int j = 0; j < blocks; j++) {
             if (j + ahead < blocks) score_block(j + ahead);
-            weigh<bounded>(scores_of(j), weights + j * WEIGHT_BLOCK);
+            weigh<bounded>(scores_of(j), weights + j * 2 * SIZE);
         }
         add_values(values, count);
     }
 
     bool bounded;
 
-    void begin(const N* from, int rows, int64_t stride, const Head& head) {
+    void begin(const bf16* from, int rows, int64_t stride, const Head& head) {
         bounded = pack_queries(from, rows, stride) * head.longest_key * C() <= LARGEST_BOUND;
         std::fill(largest, largest + QUERIES, -INFINITE);
         std::fill(spoiled, spoiled + QUERIES, false);
@@ -545,12 +450,12 @@ struct Block {
 
     // A chunk of `count` keys and values, the first of which is `first`.
     void add(const Head& head, int64_t first, int64_t count) {
-        const N* keys = head.keys + first / KEYS * Head::KEY_BLOCK;
-        const N* values = head.values + first / KEYS * Head::VALUE_BLOCK;
+        const bf16* keys = head.keys + first / KEYS * Head::KEY_BLOCK;
+        const bf16* values = head.values + first / KEYS * Head::VALUE_BLOCK;
         bounded ? add_chunk<true>(keys, values, count) : add_chunk<false>(keys, values, count);
     }
 
-    void finish(N* to, int rows, int64_t stride) {
+    void finish(bf16* to, int rows, int64_t stride) {
         for (int r = 0; r < rows; r++) {
             const float sum = output_row(r, Head::VALUE_TILES - 1)[TILE - 1];
             const __m512 inverse = _mm512_set1_ps(spoiled[r] ? std::nanf("") : 1 / sum);
@@ -561,15 +466,15 @@ struct Block {
     }
 };
 
-template <int D, class N>
-void attend(const N* q, const N* k, const N* v, N* out, const Sizes& sizes) {
-    using Head = Packed<D, N>;
+template <int D>
+void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const Sizes& sizes) {
+    using Head = Packed<D>;
     using Range = tbb::blocked_range<int64_t>;
     const int64_t stride = sizes.heads * D, heads = sizes.batch * sizes.heads;
     const int64_t key_blocks = ceil_div(sizes.keys, KEYS);
     // Kept for the thread's next call, as the system would clear new memory, which takes as long as packing.
-    static thread_local Workspace<N> workspace;
-    N* const packed = workspace.at_least(heads * key_blocks * (Head::KEY_BLOCK + Head::VALUE_BLOCK));
+    static thread_local Workspace workspace;
+    bf16* const packed = workspace.at_least(heads * key_blocks * (Head::KEY_BLOCK + Head::VALUE_BLOCK));
     const std::unique_ptr<Head[]> all(new Head[heads]);
     for (int64_t head = 0; head < heads; head++) {
         all[head].keys = packed + head * key_blocks * Head::KEY_BLOCK;
@@ -596,8 +501,8 @@ void attend(const N* q, const N* k, const N* v, N* out, const Sizes& sizes) {
     // ... then all groups of queries of all heads are shared out.
     const int64_t groups = ceil_div(sizes.queries, GROUP * QUERIES), grain = std::max<int64_t>(1, groups / 8);
     tbb::parallel_for(Range(0, heads * groups, grain), [&](const Range& range) {
-        [[maybe_unused]] const TilesFor<N> tiles{};
-        const auto blocks = allocate<Block<D, N>>(GROUP);
+        [[maybe_unused]] const Tiles tiles{};
+        const auto blocks = allocate<Block<D>>(GROUP);
         for (int64_t number = range.begin(); number < range.end(); number++) {
             const int64_t head = number / groups, group = number % groups * GROUP * QUERIES;
             const int64_t at = head / sizes.heads * sizes.queries * stride + head % sizes.heads * D;
@@ -606,9 +511,9 @@ void attend(const N* q, const N* k, const N* v, N* out, const Sizes& sizes) {
                     work(blocks[b], at + row * stride, std::min<int64_t>(QUERIES, sizes.queries - row));
             };
             for_blocks([&](auto& block, int64_t row, int rows) { block.begin(q + row, rows, stride, all[head]); });
-            for (int64_t first = 0; first < sizes.keys; first += CHUNK<N>)
+            for (int64_t first = 0; first < sizes.keys; first += CHUNK)
                 for_blocks([&](auto& block, int64_t, int) {
-                    block.add(all[head], first, std::min<int64_t>(CHUNK<N>, sizes.keys - first));
+                    block.add(all[head], first, std::min<int64_t>(CHUNK, sizes.keys - first));
                 });
             for_blocks([&](auto& block, int64_t row, int rows) { block.finish(out + row, rows, stride); });
         }
@@ -616,9 +521,8 @@ void attend(const N* q, const N* k, const N* v, N* out, const Sizes& sizes) {
 }
 
 // Whether there are kernels for heads of this width; `out` is written if so.
-template <class N>
-bool attend(const N* q, const N* k, const N* v, N* out, const Sizes& sizes, int64_t width) {
-    if (IS_BF16<N> && !tiles_allowed()) return false;
+bool attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const Sizes& sizes, int64_t width) {
+    if (!tiles_allowed()) return false;
     switch (width) {
         case 40: attend<40>(q, k, v, out, sizes); return true;
         case 64: attend<64>(q, k, v, out, sizes); return true;
@@ -632,14 +536,9 @@ bool attend(const N* q, const N* k, const N* v, N* out, const Sizes& sizes, int6
 
 // q, out [batch, queries, heads, width]; k, v [batch, keys, heads, width]. Returns 1, and leaves `out` alone, if there
 // is no kernel for this width, or if the system gives no tile registers.
-#define ATTENTION(NAME, TYPE)                                                                                      \
-    extern "C" int NAME(const TYPE* q, const TYPE* k, const TYPE* v, TYPE* out, int64_t batch, int64_t queries,    \
-                        int64_t keys, int64_t heads, int64_t width, int threads) {                                 \
-        tbb::task_arena arena(threads);                                                                            \
-        const Sizes sizes{batch, queries, keys, heads};                                                            \
-        return arena.execute([&] { return attend(q, k, v, out, sizes, width) ? 0 : 1; });                          \
-    }
-ATTENTION(attention_fp32, float)
-#ifdef WITH_BF16
-ATTENTION(attention_bf16, bf16)
-#endif
+extern "C" int attention_bf16(const bf16* q, const bf16* k, const bf16* v, bf16* out, int64_t batch, int64_t queries,
+                              int64_t keys, int64_t heads, int64_t width, int threads) {
+    tbb::task_arena arena(threads);
+    const Sizes sizes{batch, queries, keys, heads};
+    return arena.execute([&] { return attend(q, k, v, out, sizes, width) ? 0 : 1; });
+}

@@ -1049,7 +1049,7 @@ class Int8Layer(nn.Module):
 # ---------------------------------------------------------------- the int8 UNet in OpenVINO
 
 DEVICE_PROPERTIES = "FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"
-GRAPH_VERSION = 4  # to be raised with every change of the graph that is made or compiled: older files are made anew
+GRAPH_VERSION = 5  # to be raised with every change of the graph that is made or compiled: older files are made anew
 
 
 def import_openvino() -> Any:
@@ -1399,18 +1399,46 @@ def kernels_are_exact(device: str) -> bool:
 
 # ---------------------------------------------------------------- long attention
 
-ATTENTION_SOURCE = Path(__file__).with_name("amx_attention.cpp")
-# What amx_attention.cpp needs of a CPU, by OpenVINO's names of what it computes in; for bf16 it uses amx_bf16, too.
-ATTENTION_FLAGS = {"bf16": {"avx512_bf16", "avx512vbmi"}, "f32": {"avx512f"}}
-ATTENTION_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}  # by the same names
+
+@dataclass
+class AttentionKernel:
+    """C++ for attention whose inputs and output are of this dtype, on CPUs that have one of these sets of flags."""
+
+    source: Path
+    dtype: torch.dtype
+    flags: tuple[set[str], ...]
+    needs: str  # the same in words
+    largest_error: float  # of its output, relative, on the inputs by which it is tested
+
+
+# By OpenVINO's names of what it computes in.
+ATTENTION_KERNELS = {
+    "bf16": AttentionKernel(
+        source=Path(__file__).with_name("amx_attention.cpp"),  # uses amx_bf16, too
+        dtype=torch.bfloat16,
+        flags=({"avx512_bf16", "avx512vbmi"},),
+        needs="AVX512-BF16 and AVX512-VBMI",
+        largest_error=0.05,
+    ),
+    "f32": AttentionKernel(
+        source=Path(__file__).with_name("vnni_attention.cpp"),
+        dtype=torch.float32,
+        flags=({"avx512_vnni"}, {"avx_vnni"}),
+        needs="AVX512-VNNI or AVX-VNNI",
+        largest_error=0.002,
+    ),
+}
+# What ONEDNN_MAX_CPU_ISA, by which a CPU imitates another, withholds from OpenVINO: limits, and flags in /proc/cpuinfo.
+WITHHELD_FLAGS = {"SSE.*|AVX|AVX2.*": "avx512|amx", "SSE.*|AVX|AVX2|AVX512_CORE": ".*vnni"}
+WITHHELD_FLAGS |= {"AVX512_CORE(_VNNI)?": "avx512_bf16", "AVX512_CORE(_VNNI|_BF16|_FP16)?": "amx"}
 ATTENTION_WIDTHS = (40, 64, 80, 160)  # of a head: those of SD 1.x, 2.x and SDXL
 LONG_ATTENTION = 1024  # queries; with fewer, a step takes as long with OpenVINO's own attention
 
 
 def replace_long_attention(model: Any, operation: type, precision: str) -> None:
-    """Have amx_attention.cpp compute attention, self or cross, of many queries in a model whose sizes are fixed.
+    """Have ATTENTION_KERNELS compute attention, self or cross, of many queries in a model whose sizes are fixed.
 
-    It takes [B, L, heads, D] in this precision, bf16 or f32, as it is, where OpenVINO's own has all four transposed.
+    They take [B, L, heads, D] in this precision, bf16 or f32, as it is, where OpenVINO's own has all four transposed.
     """
     ops = import_openvino().opset13
     for node in model.get_ordered_ops():
@@ -1431,12 +1459,13 @@ def replace_long_attention(model: Any, operation: type, precision: str) -> None:
 
 @functools.cache
 def long_attention_operation(precision: str) -> type | None:
-    """OpenVINO's operation that calls amx_attention.cpp; None where that cannot be used, and the log says why."""
+    """OpenVINO's operation that calls the kernel; None where that cannot be used, and the log says why."""
     try:
         library = load_attention(precision)
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-        logger.info(f"attention by OpenVINO's own kernel, not by amx_attention.cpp: {reason}")
+        source = ATTENTION_KERNELS[precision].source.name
+        logger.info(f"attention by OpenVINO's own kernel, not by {source}: {reason}")
         return None
 
     class LongAttention(import_openvino().Op):
@@ -1460,33 +1489,31 @@ def long_attention_operation(precision: str) -> type | None:
             attend(library, *(tensor.data for tensor in [*inputs, outputs[0]]))
             return True
 
+    LongAttention.__name__ += f"_{precision}"  # by which OpenVINO tells operations apart
     openvino_core().add_extension(LongAttention)  # by which compiled models, too, find it
     return LongAttention
 
 
 def load_attention(precision: str) -> ctypes.CDLL:
-    """amx_attention.cpp, built for this CPU by the C++ compiler that is there, once for each version of all these.
+    """The kernel, built for this CPU by the C++ compiler that is there, once for each version of all these.
 
     It is kept in the user's cache folder alone: it is code, and the folder of a quant_model.pt may be somebody else's.
 
     Raises:
         OSError, subprocess.SubprocessError: it cannot be built or loaded here, or what it computes is wrong.
     """
-    in_bf16 = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    imitated = re.match("SSE|AVX(2|$)", os.environ.get("ONEDNN_MAX_CPU_ISA", ""), re.IGNORECASE)  # has no AVX-512
-    if imitated or precision == "bf16" and not in_bf16 or not ATTENTION_FLAGS[precision].issubset(cpu_flags()):
-        needed = {"bf16": "AVX512-BF16 and AVX512-VBMI", "f32": "AVX-512"}[precision]
-        raise OSError(f"this is no CPU with {needed} under Linux")
+    kernel, flags = ATTENTION_KERNELS[precision], cpu_flags()
+    if not any(needed.issubset(flags) for needed in kernel.flags):
+        raise OSError(f"this is no CPU with {kernel.needs} under Linux")
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         raise OSError("there is no C++ compiler")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     openvino = Path(import_openvino().__file__).parent  # comes with TBB, in whose threads both compute
-    made_of = ATTENTION_SOURCE.read_text(), compiler, version, str(openvino), cpu_flags()
-    folder = user_cache() / f"attention-{digest(*made_of)}"
+    folder = user_cache() / f"attention-{digest(kernel.source.read_text(), compiler, version, str(openvino), flags)}"
     if not is_whole(folder):
-        logger.info("building amx_attention.cpp for this CPU: this is done once")
-        write_folder(folder, lambda partial: build_attention(compiler, openvino, partial / "attention.so"))
+        logger.info(f"building {kernel.source.name} for this CPU: this is done once")
+        write_folder(folder, lambda new: build_attention(kernel.source, compiler, openvino, new / "attention.so"))
     if folder.stat().st_uid != os.getuid():
         raise OSError(f"{folder} is another user's")
     library = ctypes.CDLL(str(folder / "attention.so"))
@@ -1496,17 +1523,20 @@ def load_attention(precision: str) -> ctypes.CDLL:
 
 
 def cpu_flags() -> list[str]:
-    """The CPU's instruction sets, by the names that Linux has for them."""
-    info = Path("/proc/cpuinfo")
+    """The CPU's instruction sets that OpenVINO may use, by the names that Linux has for them."""
+    info, limit = Path("/proc/cpuinfo"), os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     found = re.search(r"^flags\s*:(.*)", info.read_text(), re.M) if info.is_file() else None
-    return found[1].split() if found else []
+    withheld = [flags for limits, flags in WITHHELD_FLAGS.items() if re.fullmatch(limits, limit)]
+    return [flag for flag in found[1].split() if not any(re.match(flags, flag) for flags in withheld)] if found else []
 
 
-def build_attention(compiler: str, openvino: Path, output: Path, source: Path = ATTENTION_SOURCE) -> None:
+def build_attention(source: Path, compiler: str, openvino: Path, output: Path) -> None:
+    """Compile the source to a library for this CPU, or for the one that it imitates."""
     tbb = next((openvino / "libs").glob("libtbb.so.*"), None)
     if tbb is None:
         raise OSError(f"{openvino / 'libs'} has no libtbb.so")
     flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{openvino / 'include'}"]
+    flags += [f"-mno-{name.replace('_', '-')}" for name in ("avx512f", "amx_bf16") if name not in cpu_flags()]
     libraries = [str(tbb), f"-Wl,-rpath,{tbb.parent}"]
     command = [compiler, *flags, str(source), "-o", str(output), *libraries]
     subprocess.run(command, capture_output=True, text=True, check=True)
@@ -1532,15 +1562,14 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
 
 def attention_is_right(library: ctypes.CDLL, precision: str) -> bool:
     """Whether it computes softmax attention, for weights that are nearly equal, and for some that are nearly 1."""
-    generator = torch.Generator().manual_seed(0)
-    limit = {"bf16": 0.05, "f32": 1e-4}[precision]
+    generator, kernel = torch.Generator().manual_seed(0), ATTENTION_KERNELS[precision]
     for width, size in itertools.product(ATTENTION_WIDTHS, (1, 20)):
         inputs = [torch.randn(2, length, 2, width, generator=generator) for length in (35, 300, 300)]
-        inputs = [(tensor * factor).to(ATTENTION_DTYPES[precision]) for tensor, factor in zip(inputs, (size, 1, 1))]
+        inputs = [(tensor * factor).to(kernel.dtype) for tensor, factor in zip(inputs, (size, 1, 1))]
         output = torch.empty_like(inputs[0])
         attend(library, *map(as_array, [*inputs, output]))
         exact = F.scaled_dot_product_attention(*(tensor.double().transpose(1, 2) for tensor in inputs)).transpose(1, 2)
-        if not torch.linalg.norm(output - exact) <= limit * torch.linalg.norm(exact):
+        if not torch.linalg.norm(output - exact) <= kernel.largest_error * torch.linalg.norm(exact):
             return False
     return True
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Attention by amx_attention.cpp, by PyTorch and by OpenVINO, in bf16 and fp32, interleaved: time, and error to fp64.
+"""Attention by amx_attention.cpp (bf16) or vnni_attention.cpp (fp32), PyTorch and OpenVINO: time, error to fp64.
 
 The sizes are those of SD v1.5 and SDXL at their training resolutions, batch 2 as with guidance; a caption has 77 keys.
-"seconds" is the median, "limit_seconds" what the kernel's products and exponentials take when all they need is in the
-L1 cache (their sum, or the larger of both where AMX computes products beside the exponentials), "limit_share" that over
-"seconds".
+All run in turn in one process. "seconds" is the median, "limit_seconds" what the kernel's products and exponentials
+take when all they need is in the L1 cache (their sum, or the larger of both where AMX computes products beside the
+exponentials), "limit_share" that over "seconds".
 
     python benchmarks/attention.py --output benchmarks/results/attention.json
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import itertools
 import os
 import shutil
@@ -39,7 +40,7 @@ SIZES: list[Size] = [(8, 4096, 4096, 40), (8, 1024, 1024, 80), (8, 256, 256, 160
 SIZES += [(8, 4096, 77, 40), (8, 1024, 77, 80), (10, 4096, 4096, 64), (20, 1024, 1024, 64)]
 BATCH = 2
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v: [B, L, heads, D], in the dtype to compute in
-PRECISIONS = {dtype: name for name, dtype in text2images.ATTENTION_DTYPES.items()}
+PRECISIONS = {kernel.dtype: name for name, kernel in text2images.ATTENTION_KERNELS.items()}
 
 
 def by_pytorch(inputs: Inputs) -> Callable[[], torch.Tensor]:
@@ -81,7 +82,7 @@ def by_kernel(inputs: Inputs) -> Callable[[], torch.Tensor]:
     return run
 
 
-VARIANTS = {"amx_attention.cpp": by_kernel, "PyTorch": by_pytorch, "OpenVINO": by_openvino}
+VARIANTS = {"kernel": by_kernel, "PyTorch": by_pytorch, "OpenVINO": by_openvino}
 
 
 def measure(
@@ -106,7 +107,8 @@ def measure(
         row["seconds"] = seconds[name]
         row["ratio_to_pytorch"] = row["seconds"] / seconds["PyTorch"]
         row["error"] = float(torch.linalg.norm(run()[:1, :, :1] - exact) / torch.linalg.norm(exact))
-        if name == "amx_attention.cpp":
+        if name == "kernel":
+            row["source"] = text2images.ATTENTION_KERNELS[PRECISIONS[dtype]].source.name
             row["limit_seconds"] = limit(size, dtype) / threads
             row["limit_share"] = row["limit_seconds"] / row["seconds"]
         rows.append(row)
@@ -116,21 +118,23 @@ def measure(
 def build_limits(folder: Path) -> Callable[[Size, torch.dtype], float]:
     """A function that gives the least seconds, on one thread, of an attention of these sizes."""
     openvino = Path(text2images.import_openvino().__file__).parent
-    path = folder / "limits.so"
     compiler = shutil.which(os.environ.get("CXX") or "c++")
-    text2images.build_attention(compiler, openvino, path, ROOT / "benchmarks/attention_limits.cpp")
-    library = ctypes.CDLL(str(path))
+
+    @functools.cache
+    def build(precision: str) -> ctypes.CDLL:
+        path = folder / f"{precision}.so"
+        text2images.build_attention(ROOT / f"benchmarks/attention_limits_{precision}.cpp", compiler, openvino, path)
+        return ctypes.CDLL(str(path))
 
     def limit(size: Size, dtype: torch.dtype) -> float:
         heads, queries, keys, width = size
-        parts = (ctypes.c_double * 3)()
-        of_dtype = library.limits_fp32 if dtype == torch.float32 else library.limits_bf16
-        if of_dtype(width, parts) != 0:
+        parts, block = (ctypes.c_double * 3)(), (ctypes.c_int * 2)()
+        if build(PRECISIONS[dtype]).limits(width, block, parts) != 0:
             raise SystemExit(f"no kernel for heads of width {width} on this CPU")
         score, values, exponentials = parts
         beside = dtype == torch.bfloat16 and "amx_bf16" in machine()["flags"]
         one = max(score + values, exponentials) if beside else score + values + exponentials
-        return one * BATCH * heads * -(-queries // 32) * -(-keys // 32)
+        return one * BATCH * heads * -(-queries // block[0]) * -(-keys // block[1])
 
     return limit
 
@@ -141,8 +145,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output", type=Path, help="the JSON to write")
     args = parser.parse_args()
-    flags = set(text2images.cpu_flags())
-    dtypes = [dtype for dtype, name in PRECISIONS.items() if text2images.ATTENTION_FLAGS[name] <= flags]
+    flags, kernels = text2images.cpu_flags(), text2images.ATTENTION_KERNELS.values()
+    dtypes = [kernel.dtype for kernel in kernels if any(needed.issubset(flags) for needed in kernel.flags)]
     with tempfile.TemporaryDirectory() as folder:
         limit, cases = build_limits(Path(folder)), itertools.product(dtypes, SIZES, args.threads)
         rows = [row for dtype, size, threads in cases for row in measure(size, dtype, threads, args.rounds, limit)]
@@ -150,7 +154,7 @@ def main() -> None:
         share = f"{row['limit_share']:.0%} of the limit" if "limit_share" in row else ""
         print(
             f"{row['dtype']:4} {row['heads']:3} heads, {row['queries']} x {row['keys']}, width {row['width']:3}, "
-            f"{row['threads']} threads: {row['name']:18} {row['seconds'] * 1e3:8.2f} ms, "
+            f"{row['threads']} threads: {row.get('source', row['name']):18} {row['seconds'] * 1e3:8.2f} ms, "
             f"{row['ratio_to_pytorch']:.2f} of PyTorch's, error {row['error']:.1e} {share}"
         )
     if args.output is not None:

@@ -213,7 +213,7 @@ SIZED = ("diffusers fp32", "diffusers bf16", "openvino int8", "int8")
     "unet-step-vnni",
     "unet_step_avx512_vnni.json",
     "unet_step_avx2_vnni.json",
-    scripts=(GENERATE, "benchmarks/unet_step.py", "amx_attention.cpp"),
+    scripts=(GENERATE, "benchmarks/unet_step.py", "vnni_attention.cpp"),
 )
 def unet_step_vnni(*results: Row) -> Content:
     """Seconds on CPUs with VNNI and no bf16, with the ratio to fp32."""
@@ -237,10 +237,10 @@ def operators(result: Row) -> Content:
     return content
 
 
-@table("attention", "attention.json", scripts=("amx_attention.cpp", "benchmarks/attention.py"))
+@table("attention", "attention.json", scripts=("amx_attention.cpp", "vnni_attention.cpp", "benchmarks/attention.py"))
 def attention(result: Row) -> Content:
     """Long attention beside PyTorch's and OpenVINO's, on one thread."""
-    names = ("PyTorch", "OpenVINO", "amx_attention.cpp")
+    names = ("PyTorch", "OpenVINO", "kernel")
     times = [f"{name}, ms" for name in names]
     content = Content(["dtype; heads, queries, keys, width", *times, "of its limit", "errors"])
     cases: dict[tuple, dict[str, Row]] = {}

@@ -1,4 +1,4 @@
-"""amx_attention.cpp: what it computes, by this CPU's instructions and by others; and where it is used."""
+"""amx_attention.cpp and vnni_attention.cpp: what they compute, by all their instructions, and where they are used."""
 
 from __future__ import annotations
 
@@ -24,26 +24,28 @@ import unet_step
 from conftest import ROOT
 
 COMPILER = shutil.which(os.environ.get("CXX") or "c++")
-DTYPES = text2images.ATTENTION_DTYPES
-# As text2images.py builds it for this CPU; for CPUs without AMX; with AMX's tiles emulated; for CPUs without bf16.
-BUILDS = {"native": "", "AVX512-BF16": "-mno-amx-bf16", "AVX512": "-march=cascadelake"}
+SOURCES = text2images.ATTENTION_KERNELS
+# As text2images.py builds it for this CPU; for CPUs without AMX; with AMX's tiles emulated; for CPUs without AVX-512.
+BUILDS = {"native": "", "AVX512-BF16": "-mno-amx-bf16", "AVX-VNNI": "-march=alderlake"}
 BUILDS["emulated AMX"] = f"-DEMULATED_TILES='\"{ROOT}/tests/emulated_tiles.h\"'"
 BF16_KERNELS = [("native", "bf16"), ("AVX512-BF16", "bf16"), ("emulated AMX", "bf16")]
-KERNELS = [*BF16_KERNELS, ("native", "f32"), ("AVX512", "f32")]
+KERNELS = [*BF16_KERNELS, ("native", "f32"), ("AVX-VNNI", "f32")]
 
 
 NOT_HERE = "no C++ compiler, or no such instructions"
 
 
-def runs_here(precision: str) -> bool:
-    return COMPILER is not None and text2images.ATTENTION_FLAGS[precision].issubset(text2images.cpu_flags())
+def runs_here(precision: str, build: str = "native") -> bool:
+    flags = text2images.cpu_flags()
+    needed = [{"avx_vnni"}] if build == "AVX-VNNI" else SOURCES[precision].flags
+    return COMPILER is not None and any(each.issubset(flags) for each in needed)
 
 
 def in_precisions(*precisions: str) -> pytest.MarkDecorator:
     """A case for each that this CPU has instructions for."""
     cases = [
         pytest.param(precision, marks=pytest.mark.skipif(not runs_here(precision), reason=NOT_HERE))
-        for precision in precisions or DTYPES
+        for precision in precisions or SOURCES
     ]
     return pytest.mark.parametrize("precision", cases)
 
@@ -55,35 +57,36 @@ class Kernel:
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Its output in fp32, from inputs of its own precision."""
-        q, k, v = (tensor.to(DTYPES[self.precision]) for tensor in (q, k, v))
+        q, k, v = (tensor.to(SOURCES[self.precision].dtype) for tensor in (q, k, v))
         output = torch.full_like(q, 12345.0)
         text2images.attend(self.library, *map(text2images.as_array, (q, k, v, output)))
         return output.float()
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
-    """The library of each build, built when it is first asked for."""
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], ctypes.CDLL]:
+    """The library of each build and precision, built when it is first asked for."""
     folder = tmp_path_factory.mktemp("attention")
     openvino = Path(text2images.import_openvino().__file__).parent
 
     @functools.cache
-    def library(build: str) -> ctypes.CDLL:
+    def library(build: str, precision: str) -> ctypes.CDLL:
         compiler = folder / "compiler"  # as far as text2images.py can see
         compiler.write_text(f'#!/bin/sh\nexec "{COMPILER}" "$@" {BUILDS[build]}\n')
         compiler.chmod(0o755)
-        text2images.build_attention(str(compiler), openvino, folder / f"{build}.so")
-        return ctypes.CDLL(str(folder / f"{build}.so"))
+        path = folder / f"{build} {precision}.so"
+        text2images.build_attention(SOURCES[precision].source, str(compiler), openvino, path)
+        return ctypes.CDLL(str(path))
 
     return library
 
 
 @pytest.fixture(params=KERNELS, ids=" ".join)
-def kernel(request: pytest.FixtureRequest, libraries: Callable[[str], ctypes.CDLL]) -> Kernel:
+def kernel(request: pytest.FixtureRequest, libraries: Callable[[str, str], ctypes.CDLL]) -> Kernel:
     build, precision = request.param
-    if not runs_here(precision):
+    if not runs_here(precision, build):
         pytest.skip(NOT_HERE)
-    return Kernel(libraries(build), precision)
+    return Kernel(libraries(build, precision), precision)
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -102,10 +105,10 @@ def random_inputs(width: int, queries: int, keys: int, heads: int = 3) -> tuple[
 @pytest.mark.parametrize("width", text2images.ATTENTION_WIDTHS)
 @pytest.mark.parametrize("lengths", [(1, 1), (31, 31), (33, 77), (77, 33), (1000, 1000), (70, 257), (5, 513)], ids=str)
 @pytest.mark.parametrize("size", [0.01, 1.0, 8.0])
-def test_attention_errs_hardly_more_than_pytorchs(
+def test_attention_errs_hardly_more_than_pytorchs_in_bf16_and_by_a_tenth_of_that_in_fp32(
     kernel: Kernel, width: int, lengths: tuple[int, int], size: float
 ) -> None:
-    """In bf16, than one that rounds inputs and outputs only; fp32 adds up in another order."""
+    """In bf16, than one that rounds inputs and outputs only."""
     q, k, v = random_inputs(width, *lengths)
     q = q * size
     expected, output = exact(q, k, v), kernel(q, k, v)
@@ -113,8 +116,7 @@ def test_attention_errs_hardly_more_than_pytorchs(
         pytorchs = exact(*(x.bfloat16() for x in (q, k, v))).bfloat16()
         assert error(output, expected) <= 1.3 * error(pytorchs, expected) + 2e-3
     else:
-        pytorchs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        assert error(output, expected) <= 2 * error(pytorchs, expected) + 3e-6
+        assert error(output, expected) <= 1e-3
 
 
 @pytest.mark.parametrize("width", [40, 160])
@@ -127,7 +129,7 @@ def test_scores_of_200_and_more_neither_overflow_nor_vanish(kernel: Kernel, widt
         k[0, dominant, 0, 1] = value
         for sign in (1, -1):  # and all but that key, by the same weight
             output = kernel(sign * q, k, v)
-            assert error(output, exact(sign * q, k, v)) < {"bf16": 5e-3, "f32": 1e-5}[kernel.precision]
+            assert error(output, exact(sign * q, k, v)) < {"bf16": 5e-3, "f32": 1e-3}[kernel.precision]
             assert torch.isfinite(output).all()
 
 
@@ -136,17 +138,20 @@ def test_equal_scores_give_the_mean(kernel: Kernel) -> None:
     v = v.bfloat16().float()
     for equal in (torch.zeros_like(k), torch.full_like(k, 3.0), torch.full_like(k, -1e4)):
         expected = v.double().mean(dim=1, keepdim=True).expand_as(q)
-        limit = {"bf16": 2e-3, "f32": 1e-5}[kernel.precision]  # of numbers of size 1
+        limit = {"bf16": 2e-3, "f32": 1e-3}[kernel.precision]  # of numbers of size 1
         assert (kernel(q, equal, v) - expected).abs().max() < limit
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", ["q", "k", "v"])
 def test_what_is_not_finite_spoils_what_it_does_in_pytorch(kernel: Kernel, bad: float, place: str) -> None:
+    """In fp32, all queries of a head whose keys or values are not finite."""
     inputs = dict(zip("qkv", random_inputs(40, 70, 90)))
     inputs[place][1, 5, 2, 11] = bad
     output, expected = kernel(**inputs), exact(**inputs)
     finite = torch.isfinite(expected).all(dim=-1)
+    if kernel.precision == "f32" and place != "q":
+        finite[1, :, 2] = False
     assert torch.equal(torch.isfinite(output).all(dim=-1), finite)
     assert error(output[finite], expected[finite]) < 0.01
 
@@ -221,7 +226,7 @@ def test_only_attention_of_many_queries_without_mask_is_replaced(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = attention_model(queries, keys, width, mask)
     text2images.replace_long_attention(model, text2images.long_attention_operation(precision), precision)
-    assert ("LongAttention" in operations(model)) == replaced
+    assert (f"LongAttention_{precision}" in operations(model)) == replaced
     assert ("ScaledDotProductAttention" in operations(model)) != replaced
 
 
@@ -236,28 +241,28 @@ def test_openvino_runs_it_also_from_a_compiled_model_on_disk(keys: int, precisio
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     loaded = core.import_model(compiled.export_model(), "CPU", {})
     for each in (compiled, loaded):
-        assert error(torch.from_numpy(each(inputs)[0]), expected) < {"bf16": 0.01, "f32": 1e-5}[precision]
+        assert error(torch.from_numpy(each(inputs)[0]), expected) < {"bf16": 0.01, "f32": 1e-3}[precision]
 
 
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("precision", SOURCES)
 @pytest.mark.parametrize("problem", ["other CPU", "imitated CPU", "no compiler", "failing compiler", "wrong results"])
 def test_without_it_attention_is_openvinos_own_and_one_line_says_why(
     problem: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    flags = [] if problem == "other CPU" else [*text2images.ATTENTION_FLAGS[precision]]
-    monkeypatch.setattr(text2images, "cpu_flags", lambda: flags)
-    core = SimpleNamespace(get_property=lambda device, name: ["FP32", "BF16"])
-    monkeypatch.setattr(text2images, "openvino_core", lambda: core)
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2_VNNI" if problem == "imitated CPU" else "ALL")
+    if problem == "imitated CPU":
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx2")
+    else:
+        flags = [] if problem == "other CPU" else [*SOURCES[precision].flags[0]]
+        monkeypatch.setattr(text2images, "cpu_flags", lambda: flags)
     compiler = tmp_path / "compiler"
     compiler.write_text(
-        "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'amx_attention.cpp:1: no such thing' >&2\nexit 1\n"
+        "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'attention.cpp:1: no such thing' >&2\nexit 1\n"
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(tmp_path / "none") if problem == "no compiler" else str(compiler))
     if problem == "wrong results":
-        monkeypatch.setattr(text2images, "build_attention", lambda compiler, openvino, output: output.write_bytes(b"0"))
+        monkeypatch.setattr(text2images, "build_attention", lambda *args: args[-1].write_bytes(b"0"))
         monkeypatch.setattr(text2images.ctypes, "CDLL", lambda path: None)
         monkeypatch.setattr(text2images, "attention_is_right", lambda library, precision: False)
     with caplog.at_level(logging.INFO, "text2images"):
@@ -278,7 +283,7 @@ def test_it_is_built_once_and_anew_if_damaged(precision: str, tmp_path: Path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = []
 
-    def build(compiler: str, openvino: Path, output: Path) -> None:
+    def build(source: Path, compiler: str, openvino: Path, output: Path) -> None:
         built.append(output)
         shutil.copy(good, output)
 
@@ -295,14 +300,16 @@ def test_it_is_built_once_and_anew_if_damaged(precision: str, tmp_path: Path, mo
 
 
 @in_precisions()
-def test_a_library_that_leaves_out_keys_is_not_used(precision: str, libraries: Callable[[str], ctypes.CDLL]) -> None:
-    name = {"bf16": "attention_bf16", "f32": "attention_fp32"}[precision]
+def test_a_library_that_leaves_out_keys_is_not_used(
+    precision: str, libraries: Callable[[str, str], ctypes.CDLL]
+) -> None:
+    name, library = {"bf16": "attention_bf16", "f32": "attention_fp32"}[precision], libraries("native", precision)
 
     def fewer_keys(*arguments) -> int:
         *first, keys, heads, width, threads = arguments
-        return getattr(libraries("native"), name)(*first, ctypes.c_int64(keys.value - 16), heads, width, threads)
+        return getattr(library, name)(*first, ctypes.c_int64(keys.value - 16), heads, width, threads)
 
-    assert text2images.attention_is_right(libraries("native"), precision)
+    assert text2images.attention_is_right(library, precision)
     assert not text2images.attention_is_right(SimpleNamespace(**{name: fewer_keys}), precision)
 
 
@@ -347,4 +354,4 @@ def test_int8_unet_computes_the_same_with_it_also_when_loaded_again(
     if precision == "bf16":
         assert error(once, fp32) < 1.2 * error(without, fp32)
     else:
-        assert error(once, without) < 1e-5
+        assert error(once, without) < 1e-3
