@@ -18,6 +18,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import gc
 import hashlib
 import inspect
 import itertools
@@ -49,6 +50,8 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 for library in ("torchao", "torch.utils._pytree", "httpx", "httpx2"):
     logging.getLogger(library).setLevel(logging.ERROR)
+# What imports make stays: without this, Python would look for garbage in it then and at the end, for 3 s.
+gc.disable()
 
 import diffusers
 import numpy as np
@@ -69,6 +72,9 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
+
+gc.freeze()
+gc.enable()
 
 logger = logging.getLogger("text2images")
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline

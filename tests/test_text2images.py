@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -21,9 +23,16 @@ from transformers.models.clip import CLIPImageProcessorPil
 
 import text2images
 import train_text_to_image_qat as trainer
-from conftest import SIZE
+from conftest import ROOT, SIZE
 from models import KINDS, calibrated_unet, generate, new_layer, pair_of_inputs, pixels, some_input, unet_inputs
 from text2images import UsageError
+
+
+@pytest.mark.parametrize("script", ["text2images", "train_text_to_image_qat"])
+def test_garbage_is_looked_for_after_the_imports_but_not_among_what_they_made(script: str) -> None:
+    said = "print(gc.isenabled(), 5 * len(gc.get_objects()) < gc.get_freeze_count())"
+    command = [sys.executable, "-c", f"import gc, {script}; {said}"]
+    assert subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout.split() == [b"True"] * 2
 
 
 def multiply(kind: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
