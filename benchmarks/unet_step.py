@@ -16,11 +16,13 @@ import argparse
 import importlib.util
 import json
 import logging
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -134,15 +136,16 @@ def diffusers_step(args: argparse.Namespace, dtype: torch.dtype) -> Step:
     return lambda: unet(*inputs, return_dict=False)
 
 
-def our_step(args: argparse.Namespace, *flags: str) -> Step:
-    """As text2images.py runs it: compiled for this very shape."""
+def our_step(args: argparse.Namespace, *flags: str, longest: float = text2images.LONG_ATTENTION) -> Step:
+    """As text2images.py runs it: compiled for this very shape; `longest`: from where on attention is by its kernels."""
     file = write_ours(args)
     given = text2images.parse_args(["-m", "given", "-c", "given", "-qm", str(file), *flags])
     unet = text2images.OpenVINOUNet(text2images.read_quant_model(file), given, {"PERF_COUNT": args.profile})
     inputs = example(args, unet.config, torch.float32)
 
     def step() -> Any:
-        unet(*inputs)
+        with unittest.mock.patch.object(text2images, "LONG_ATTENTION", longest):
+            unet(*inputs)
         return unet.compiled[-1]
 
     return step
@@ -190,6 +193,7 @@ VARIANTS: dict[str, Callable[[argparse.Namespace], Step]] = {
     "int8": our_step,
     "int8 --no_paired_guidance": lambda args: our_step(args, "--no_paired_guidance"),
     "int8 --dtype float32": lambda args: our_step(args, "--dtype", "float32"),
+    "int8 as exported": lambda args: our_step(args, longest=math.inf),  # without kernels, as where there is no compiler
     "original recipe": original_step,
     "openvino bf16": lambda args: openvino_step(args, int8=False),
     "openvino int8": lambda args: openvino_step(args, int8=True),
