@@ -244,6 +244,30 @@ def test_openvino_runs_it_also_from_a_compiled_model_on_disk(keys: int, precisio
         assert error(torch.from_numpy(each(inputs)[0]), expected) < {"bf16": 0.01, "f32": 1e-3}[precision]
 
 
+@pytest.mark.parametrize(
+    ("limit", "withheld"),
+    [
+        ("", ()),
+        ("ALL", ()),
+        ("AVX512_CORE_AMX", ()),
+        ("avx512_core_bf16", ("amx",)),
+        ("AVX512_CORE_VNNI", ("amx", "avx512_bf16")),
+        ("AVX512_CORE", ("amx", "avx512_bf16", "avx512_vnni", "avx_vnni")),
+        ("AVX2_VNNI", ("amx", "avx512")),
+        ("AVX2", ("amx", "avx512", "avx_vnni")),
+        ("SSE41", ("amx", "avx512", "avx_vnni")),
+    ],
+)
+def test_an_imitated_cpu_has_no_instructions_that_the_other_lacks(
+    limit: str, withheld: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"]
+    monkeypatch.setattr(text2images.Path, "is_file", lambda path: True)
+    monkeypatch.setattr(text2images.Path, "read_text", lambda path: f"model: 1\nflags\t\t: {' '.join(flags)}\nbugs:\n")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert text2images.cpu_flags() == [flag for flag in flags if not flag.startswith(withheld)]
+
+
 @pytest.mark.parametrize("precision", SOURCES)
 @pytest.mark.parametrize("problem", ["other CPU", "imitated CPU", "no compiler", "failing compiler", "wrong results"])
 def test_without_it_attention_is_openvinos_own_and_one_line_says_why(
