@@ -1542,7 +1542,8 @@ def build_attention(source: Path, compiler: str, openvino: Path, output: Path) -
     if tbb is None:
         raise OSError(f"{openvino / 'libs'} has no libtbb.so")
     flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{openvino / 'include'}"]
-    flags += [f"-mno-{name.replace('_', '-')}" for name in ("avx512f", "amx_bf16") if name not in cpu_flags()]
+    if os.environ.get("ONEDNN_MAX_CPU_ISA"):
+        flags += [f"-mno-{name.replace('_', '-')}" for name in ("avx512f", "amx_bf16") if name not in cpu_flags()]
     libraries = [str(tbb), f"-Wl,-rpath,{tbb.parent}"]
     command = [compiler, *flags, str(source), "-o", str(output), *libraries]
     subprocess.run(command, capture_output=True, text=True, check=True)

@@ -165,7 +165,7 @@ struct Block {
 
 // ---------------------------------------------------------------- some queries of a head
 
-// C[j] = sum over p of rows[p] * cell(p, j), for COLUMNS j
+// Adds to each of COLUMNS sums the products of `depth` rows with their cells: sums[j] += rows[p] * cell(p, j).
 template <class Cell>
 void product(Ints (&sums)[COLUMNS][VECTORS], const Ints (*rows)[VECTORS], int depth, const Cell& cell) {
     for (int p = 0; p < depth; p++)
