@@ -40,6 +40,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
 
 #ifdef EMULATED_TILES  // tests, on CPUs without AMX
 #include EMULATED_TILES
@@ -49,16 +50,16 @@ namespace {
 
 using bf16 = uint16_t;
 
-constexpr int TILE = 16;             // rows of a tile; cells of a row, each of which holds a pair
-constexpr int ROW = 2 * TILE;        // bf16 numbers in a tile's row
-constexpr int TILE_BF16 = TILE * ROW;   // and in a tile
+constexpr int TILE = 16;                // rows of a tile; cells of a row, each of which holds a pair
+constexpr int ROW = 2 * TILE;           // bf16 numbers in a tile's row
+constexpr int TILE_BF16 = TILE * ROW;   // bf16 numbers in a tile
 constexpr int TILE_FP32 = TILE * TILE;  // fp32 numbers in a tile
-constexpr int QUERIES = 32;          // queries computed at a time: two tiles
-constexpr int GROUP = 4;             // times as many queries go through the keys together
-constexpr int KEYS = 32;             // keys of one block of scores: two tiles
-constexpr int CHUNK = 256;           // keys between two products with the values
-constexpr float LARGEST_BOUND = 80;  // 2^80 times a million, and 2^-80, are far from the ends of fp32
-constexpr int OCTAVE = 256;          // x is computed in 256ths: two for each of bf16's numbers
+constexpr int QUERIES = 32;             // queries computed at a time: two tiles
+constexpr int GROUP = 4;                // times as many queries go through the keys together
+constexpr int KEYS = 32;                // keys of one block of scores: two tiles
+constexpr int CHUNK = 256;              // keys between two products with the values
+constexpr float LARGEST_BOUND = 80;     // 2^80 times a million, and 2^-80, are far from the ends of fp32
+constexpr int OCTAVE = 256;             // x is computed in 256ths: two for each of bf16's numbers
 constexpr float LOG2_E = 1.44269504f;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
@@ -143,6 +144,7 @@ void weigh_keys(bf16* to, __m512 left, __m512 right, float largest, float octave
     const __m512i more = _mm512_mask_permutexvar_epi8(bias, 0x5555555555555555, step, excess);
     _mm512_store_si512(to, _mm512_srli_epi16(_mm512_add_epi16(x, more), 1));
 }
+
 // ---------------------------------------------------------------- products of packed matrices
 
 // C = A B, or C += A B, where A has two rows of tiles and B one column of tiles or two; `depth` is how many tiles the
@@ -233,7 +235,7 @@ struct Tiles {};
 
 template <bool two_columns, bool add>
 inline void product(const bf16* a, int64_t a_step, int64_t a_row, const bf16* b, int64_t b_step, int64_t b_column,
-                            float* c, int depth, int last_cells) {
+                    float* c, int depth, int last_cells) {
     constexpr int ROWS = 8, COLUMNS = two_columns ? 2 : 1;  // 16 of the 32 registers hold sums
     for (int row = 0; row < QUERIES; row += ROWS) {
         const bf16* rows = a + row / TILE * a_row + row % TILE * ROW;
@@ -520,14 +522,14 @@ void attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const Sizes&
     });
 }
 
-// Whether there are kernels for heads of this width; `out` is written if so.
-bool attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const Sizes& sizes, int64_t width) {
-    if (!tiles_allowed()) return false;
+// Calls `work` with the width as a constant; false if there is no kernel for heads of this width.
+template <class Work>
+bool for_width(int64_t width, const Work& work) {
     switch (width) {
-        case 40: attend<40>(q, k, v, out, sizes); return true;
-        case 64: attend<64>(q, k, v, out, sizes); return true;
-        case 80: attend<80>(q, k, v, out, sizes); return true;
-        case 160: attend<160>(q, k, v, out, sizes); return true;
+        case 40: work(std::integral_constant<int, 40>()); return true;
+        case 64: work(std::integral_constant<int, 64>()); return true;
+        case 80: work(std::integral_constant<int, 80>()); return true;
+        case 160: work(std::integral_constant<int, 160>()); return true;
         default: return false;
     }
 }
@@ -536,9 +538,11 @@ bool attend(const bf16* q, const bf16* k, const bf16* v, bf16* out, const Sizes&
 
 // q, out [batch, queries, heads, width]; k, v [batch, keys, heads, width]. Returns 1, and leaves `out` alone, if there
 // is no kernel for this width, or if the system gives no tile registers.
-extern "C" int attention_bf16(const bf16* q, const bf16* k, const bf16* v, bf16* out, int64_t batch, int64_t queries,
-                              int64_t keys, int64_t heads, int64_t width, int threads) {
+extern "C" int attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, int64_t batch, int64_t queries,
+                         int64_t keys, int64_t heads, int64_t width, int threads) {
+    if (!tiles_allowed()) return 1;
     tbb::task_arena arena(threads);
     const Sizes sizes{batch, queries, keys, heads};
-    return arena.execute([&] { return attend(q, k, v, out, sizes, width) ? 0 : 1; });
+    const auto compute = [&](auto width) { attend<width()>(q, k, v, out, sizes); };
+    return arena.execute([&] { return for_width(width, compute) ? 0 : 1; });
 }

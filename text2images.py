@@ -1416,6 +1416,9 @@ class AttentionKernel:
     needs: str  # the same in words
     largest_error: float  # of its output, relative, on the inputs by which it is tested
 
+    def runs_here(self) -> bool:
+        return any(needed.issubset(cpu_flags()) for needed in self.flags)
+
 
 # By OpenVINO's names of what it computes in.
 ATTENTION_KERNELS = {
@@ -1508,15 +1511,16 @@ def load_attention(precision: str) -> ctypes.CDLL:
     Raises:
         OSError, subprocess.SubprocessError: it cannot be built or loaded here, or what it computes is wrong.
     """
-    kernel, flags = ATTENTION_KERNELS[precision], cpu_flags()
-    if not any(needed.issubset(flags) for needed in kernel.flags):
+    kernel = ATTENTION_KERNELS[precision]
+    if not kernel.runs_here():
         raise OSError(f"this is no CPU with {kernel.needs} under Linux")
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         raise OSError("there is no C++ compiler")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     openvino = Path(import_openvino().__file__).parent  # comes with TBB, in whose threads both compute
-    folder = user_cache() / f"attention-{digest(kernel.source.read_text(), compiler, version, str(openvino), flags)}"
+    made_of = kernel.source.read_text(), compiler, version, str(openvino), cpu_flags()
+    folder = user_cache() / f"attention-{digest(*made_of)}"
     if not is_whole(folder):
         logger.info(f"building {kernel.source.name} for this CPU: this is done once")
         write_folder(folder, lambda new: build_attention(kernel.source, compiler, openvino, new / "attention.so"))
@@ -1557,8 +1561,7 @@ def attend(library: ctypes.CDLL, q: np.ndarray, k: np.ndarray, v: np.ndarray, ou
     batch, queries, heads, width = q.shape
     pointers = [ctypes.c_void_p(array.ctypes.data) for array in (q, k, v, output)]
     sizes = [ctypes.c_int64(size) for size in (batch, queries, k.shape[1], heads, width)]
-    compute = library.attention_fp32 if q.itemsize == 4 else library.attention_bf16
-    if compute(*pointers, *sizes, torch.get_num_threads()) != 0:
+    if library.attention(*pointers, *sizes, torch.get_num_threads()) != 0:
         raise OSError(f"the system gives no tile registers, or heads of width {width} are not in it")
 
 

@@ -28,6 +28,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
 
 namespace {
 
@@ -42,8 +43,8 @@ constexpr int VECTORS = 3, QUERIES = VECTORS * LANES;  // queries computed at a 
 constexpr int KEYS = 64;                               // keys and values of a block
 constexpr float LENGTH = 32000, LARGEST_WEIGHT = 10000, LARGEST_VALUE = 3300;
 constexpr float LOG2_E = 1.44269504f;
-constexpr float LOWEST = -60;  // 2^-60 adds nothing, and is far from denormal numbers, which take long
-constexpr float TINY = 1e-30f;  // numbers whose largest is not above this count as 0
+constexpr float LOWEST = -60;     // 2^-60 adds nothing, and is far from denormal numbers, which take long
+constexpr float TINY = 1e-30f;    // numbers whose largest is not above this count as 0
 constexpr float ROUND = 3 << 22;  // added to a small number, it rounds it to an integer, which its bits end with
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -127,8 +128,8 @@ float factor_for(float largest, float integer) {
 template <int D>
 struct Block {
     int count;
-    float key_scale;                  // what 1 stands for in the keys
-    float value_scales[D];            // and in each column of the values
+    float key_scale;        // what 1 stands for in the keys
+    float value_scales[D];  // and in each column of the values
     alignas(64) int16_t keys[KEYS][D];
     alignas(64) int32_t values[KEYS / 2][D];  // of two keys each
 
@@ -306,21 +307,26 @@ void attend(const float* q, const float* k, const float* v, float* out, const Si
     });
 }
 
+// Calls `work` with the width as a constant; false if there is no kernel for heads of this width.
+template <class Work>
+bool for_width(int64_t width, const Work& work) {
+    switch (width) {
+        case 40: work(std::integral_constant<int, 40>()); return true;
+        case 64: work(std::integral_constant<int, 64>()); return true;
+        case 80: work(std::integral_constant<int, 80>()); return true;
+        case 160: work(std::integral_constant<int, 160>()); return true;
+        default: return false;
+    }
+}
+
 }  // namespace
 
 // q, out [batch, queries, heads, width]; k, v [batch, keys, heads, width]. Returns 1, and leaves `out` alone, if there
 // is no kernel for this width.
-extern "C" int attention_fp32(const float* q, const float* k, const float* v, float* out, int64_t batch,
-                              int64_t queries, int64_t keys, int64_t heads, int64_t width, int threads) {
-    const Sizes sizes{batch, queries, keys, heads};
+extern "C" int attention(const float* q, const float* k, const float* v, float* out, int64_t batch, int64_t queries,
+                         int64_t keys, int64_t heads, int64_t width, int threads) {
     tbb::task_arena arena(threads);
-    return arena.execute([&] {
-        switch (width) {
-            case 40: attend<40>(q, k, v, out, sizes); return 0;
-            case 64: attend<64>(q, k, v, out, sizes); return 0;
-            case 80: attend<80>(q, k, v, out, sizes); return 0;
-            case 160: attend<160>(q, k, v, out, sizes); return 0;
-            default: return 1;
-        }
-    });
+    const Sizes sizes{batch, queries, keys, heads};
+    const auto compute = [&](auto width) { attend<width()>(q, k, v, out, sizes); };
+    return arena.execute([&] { return for_width(width, compute) ? 0 : 1; });
 }

@@ -145,8 +145,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output", type=Path, help="the JSON to write")
     args = parser.parse_args()
-    flags, kernels = text2images.cpu_flags(), text2images.ATTENTION_KERNELS.values()
-    dtypes = [kernel.dtype for kernel in kernels if any(needed.issubset(flags) for needed in kernel.flags)]
+    dtypes = [kernel.dtype for kernel in text2images.ATTENTION_KERNELS.values() if kernel.runs_here()]
     with tempfile.TemporaryDirectory() as folder:
         limit, cases = build_limits(Path(folder)), itertools.product(dtypes, SIZES, args.threads)
         rows = [row for dtype, size, threads in cases for row in measure(size, dtype, threads, args.rounds, limit)]

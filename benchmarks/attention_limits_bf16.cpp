@@ -38,11 +38,5 @@ extern "C" int limits(int width, int* block, double* seconds) {
     if (!tiles_allowed()) return 1;
     block[0] = QUERIES;
     block[1] = KEYS;
-    switch (width) {
-        case 40: measure<40>(seconds); return 0;
-        case 64: measure<64>(seconds); return 0;
-        case 80: measure<80>(seconds); return 0;
-        case 160: measure<160>(seconds); return 0;
-        default: return 1;
-    }
+    return for_width(width, [&](auto width) { measure<width()>(seconds); }) ? 0 : 1;
 }
